@@ -1,0 +1,1 @@
+"""Content-addressed KV blocks, fetched by key, verified, over the best path both sides have."""

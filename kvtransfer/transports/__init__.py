@@ -1,0 +1,1 @@
+"""Ways to read bytes from a source's memory, behind one contract."""

@@ -1,0 +1,75 @@
+"""Regenerates protos/gen from protos/tandem. `--check` only compares and fails on a difference.
+
+The generator is grpcio-tools, pinned in constraints.txt to a version whose output loads under
+protobuf 6.33 and 7, so that a worker can live beside TensorRT-LLM, which needs protobuf 6.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.resources
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent
+GEN = ROOT / "gen"
+
+
+def generate(out: Path) -> None:
+    """Writes *_pb2.py, *_pb2_grpc.py and their type stubs below `out`."""
+    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tandem").rglob("*.proto"))
+    well_known = importlib.resources.files("grpc_tools") / "_proto"
+    arguments = [
+        "protoc",
+        f"-I{ROOT}",
+        f"-I{well_known}",
+        f"--python_out={out}",
+        f"--grpc_python_out={out}",
+        f"--mypy_out=quiet:{out}",
+        f"--mypy_grpc_out=quiet,only_async:{out}",
+        *files,
+    ]
+    if protoc.main(arguments) != 0:
+        raise SystemExit("protoc failed")
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Relative paths that are missing on one side or differ."""
+    names = {
+        str(p.relative_to(side))
+        for side in (a, b)
+        for p in side.rglob("*")
+        if p.suffix in {".py", ".pyi"}
+    }
+    return sorted(
+        n
+        for n in names
+        if not (a / n).exists()
+        or not (b / n).exists()
+        or not filecmp.cmp(a / n, b / n, shallow=False)
+    )
+
+
+def main() -> int:
+    """Regenerates, or with --check compares what is checked in with what would be generated."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder)
+        generate(fresh)
+        if "--check" in sys.argv[1:]:
+            stale = differences(fresh, GEN)
+            for name in stale:
+                print(f"stale generated file: protos/gen/{name}", file=sys.stderr)
+            if stale:
+                print("run: make protos", file=sys.stderr)
+            return 1 if stale else 0
+        shutil.rmtree(GEN, ignore_errors=True)
+        shutil.copytree(fresh, GEN)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The processes of Tandem and what they share."""

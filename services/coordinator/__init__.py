@@ -1,0 +1,1 @@
+"""Decides where requests run. Holds soft state only, rebuilt from workers."""

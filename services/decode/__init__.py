@@ -1,0 +1,1 @@
+"""The decode process: fetches KV, runs continuous batches, streams tokens."""

@@ -1,0 +1,246 @@
+"""The Engine protocol: what a worker process asks of whatever runs the model.
+
+Two kinds of engine must fit behind it: one that Tandem steps itself (torch) and one that batches
+inside and is asked by request (TensorRT-LLM). So requests go in by plain calls, and everything
+that comes of them leaves by one stream, one item an engine step. All methods are called on the
+event loop's thread and return at once; the work happens elsewhere.
+
+A request's life at an engine, prefill and decode apart:
+
+    prefill worker:  prefill(request, hold)  -> StepOutput with the first token and a handle;
+                     its KV stays under the lease `request.request_id` for `hold.seconds`
+    decode worker:   decode(request, source) -> reserves, fetches blocks while prefill still runs
+                     proceed(id, first)      -> joins the batch once the KV is complete
+                     -> StepOutput after StepOutput, the last with a finish reason
+
+With `source=None` decode computes the prompt itself, and every token comes from it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvtransfer.layout import KvLayout
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended at the engine."""
+
+    STOP = "stop"
+    """End-of-sequence or a stop token, which is the last of the request's tokens."""
+    LENGTH = "length"
+    """max_tokens, or the end of the context window."""
+    CANCELLED = "cancelled"
+    """By cancel()."""
+    ERROR = "error"
+    """See TokenOutput.error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; meanings and ranges as in common.proto, all validated."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One attempt at a generation request.
+
+    `output_token_ids` came of earlier attempts: context now, output for penalties and limits.
+    Randomness for the token at sequence index i depends on (sampling.seed, i) alone.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    output_token_ids: tuple[int, ...] = ()
+    tenant: str = ""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens known: KV is needed for each of them before the next can be sampled."""
+        return self.prompt_token_ids + self.output_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How long a prefilled request's KV waits for its sink, seconds after the last touch."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where the KV of a request is or will be: a worker's KvTransferService and a lease there."""
+
+    worker_id: str
+    address: str
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokens:
+    """What prefill found: the token(s) after the prompt, and the engine's opaque handle."""
+
+    token_ids: tuple[int, ...]
+    handle: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one generated token and of its strongest rivals, (id, logprob) each."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KvReport:
+    """What was done about one request's prompt KV; fields as in common.proto."""
+
+    transport: str = ""
+    bytes: int = 0
+    blocks: int = 0
+    seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    corrupt_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFault:
+    """Why the engine gave a request up: a reason code of docs/errors.md, words, values."""
+
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step brought for one request.
+
+    After an output with a finish reason the engine holds nothing for the request, except the
+    lease of a finished prefill. A finished prefill has finish_reason None if decode should go on,
+    `prefill_done` True, and the handle that decode needs.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: EngineFault | None = None
+    kv: KvReport | None = None
+    prefill_done: bool = False
+    handle: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Everything one engine step brought; request-level engines coalesce what came together."""
+
+    outputs: tuple[TokenOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What does not change while the engine lives."""
+
+    model: str
+    layout: KvLayout
+    context_tokens: int
+    total_blocks: int
+    max_running: int
+    vocabulary: int
+    eos_token_ids: tuple[int, ...]
+    numerics: str
+    """Digest of the results of a fixed computation: equal means equal bits in batch-invariant
+    mode. Empty if the engine is not batch-invariant."""
+    dp_ranks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What changes; fields as WorkerStats in coordinator.proto."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    held_blocks: int = 0
+    cached_blocks: int = 0
+    queued_tokens: int = 0
+    prefill_tokens_per_second: float = 0.0
+    step_seconds: float = 0.0
+    finished: int = 0
+    preempted: int = 0
+    corrupt_blocks: int = 0
+    leases: int = 0
+    kv_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KvEvents:
+    """Changes of the prefix cache, in order; `snapshot` means `stored` is all there is."""
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    snapshot: bool = False
+
+
+class Engine(Protocol):
+    """See the module's docstring. Request ids are unique among live requests."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Valid after start()."""
+
+    async def start(self) -> None:
+        """Loads and warms up; the engine can serve when this returns."""
+
+    async def close(self) -> None:
+        """Cancels what runs, frees everything, ends outputs()."""
+
+    def prefill(self, request: Request, hold: Hold) -> None:
+        """Queues a prompt. Raises EngineOverloadedError, or InvalidRequestError if it can't fit."""
+
+    def decode(self, request: Request, source: KvSource | None) -> None:
+        """Queues a request to generate for. Raises as prefill() does."""
+
+    def proceed(self, request_id: str, first: FirstTokens) -> None:
+        """Gives a request that decode() took with a source its first tokens. Unknown: ignored."""
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, without another output, and frees what it holds, leases included.
+
+        Unknown ids are ignored.
+        """
+
+    def outputs(self) -> AsyncIterator[StepOutput]:
+        """All that comes of requests. One consumer."""
+
+    def kv_events(self) -> AsyncIterator[KvEvents]:
+        """Starts with a snapshot; then changes, coalesced. A new call starts over."""
+
+    def stats(self) -> EngineStats:
+        """Now."""
+
+    def check_integrity(self) -> None:
+        """Proves the pool's books (free + cached + held = total); raises AssertionError."""

@@ -1,0 +1,1 @@
+"""Model folders: fetching, converting, tokenizers, chat templates."""

@@ -1,0 +1,1 @@
+"""An engine with no model, for tests and for load tests of everything else."""

@@ -1,0 +1,1 @@
+"""The embedded engine: PyTorch and Numba, on a CPU or a GPU."""

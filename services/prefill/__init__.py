@@ -1,0 +1,1 @@
+"""The prefill process: runs prompts, offers their KV."""

@@ -1,0 +1,1 @@
+"""What every process has: settings, errors, server start and drain, telemetry."""

@@ -1,0 +1,182 @@
+"""The settings of every process: names, units, defaults, bounds.
+
+Values come from, weakest first: the defaults here, a TOML file, environment variables
+(TANDEM_ENGINE__THREADS=2 for `threads` in [engine]), command-line flags. Unknown keys and bad
+values stop the process. `tandem settings` prints them with where each came from.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ServerSettings(_Section):
+    """The gRPC server of a process."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    advertise: str = Field(
+        "", description="host:port that others reach this process by; empty: host and port."
+    )
+    max_message_bytes: int = Field(
+        4 * 2**20, ge=2**16, description="Largest message taken; larger ones are refused."
+    )
+    drain_seconds: Seconds = Field(
+        20.0, description="How long running requests may go on after SIGTERM."
+    )
+    allow_unauthenticated_remote: bool = Field(
+        False,
+        description="Listen beyond loopback although nothing authenticates callers yet.",
+    )
+
+
+class LogSettings(_Section):
+    """What is logged. Prompts and generated text never are."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level.")
+    format: Literal["text", "json"] = Field("text", description="For people or for programs.")
+
+
+class ModelSettings(_Section):
+    """The model served."""
+
+    name: str = Field(
+        "smollm2-135m-instruct",
+        description="Name clients ask for; also a name of `tandem models` if path is empty.",
+    )
+    path: str = Field(
+        "", description="Hugging Face folder or GGUF file; empty: the cached model of that name."
+    )
+
+
+class EngineSettings(_Section):
+    """The embedded engine."""
+
+    kind: Literal["torch", "scripted"] = Field("torch", description="Which engine.")
+    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights, activations.")
+    kv_dtype: Literal["fp8_e4m3", "bfloat16", "float32"] = Field(
+        "fp8_e4m3", description="KV blocks; fp8 has one float32 scale a token and head."
+    )
+    batch_invariant: bool = Field(
+        True,
+        description="A sequence's numbers depend on nothing but the sequence. Exact resumption "
+        "needs it.",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0: share of this machine's cores.")
+    block_tokens: int = Field(32, ge=1, le=1024, description="Tokens a KV block holds.")
+    kv_blocks: int = Field(
+        0, ge=0, description="KV blocks in the pool; 0: as many as kv_memory_mib holds."
+    )
+    kv_memory_mib: int = Field(512, ge=1, description="Memory of the KV pool, MiB.")
+    max_running: int = Field(32, ge=1, description="Requests in the batch at once.")
+    max_waiting: int = Field(256, ge=0, description="Requests that may wait; more are refused.")
+    chunk_tokens: int = Field(
+        256, ge=1, description="Prompt tokens computed in one step at most (token budget)."
+    )
+    context_tokens: int = Field(
+        0, ge=0, description="Context window; 0: the model's own."
+    )
+    scripted_step_seconds: float = Field(
+        0.0, ge=0, description="kind=scripted: how long a step takes."
+    )
+
+
+class KvSettings(_Section):
+    """The KV hand-off."""
+
+    transports: tuple[Literal["shm", "tcp"], ...] = Field(
+        ("shm", "tcp"), min_length=1, description="Offered, best first."
+    )
+    tcp_host: str = Field("", description="Address of the TCP data port; empty: server.host.")
+    tcp_port: int = Field(0, ge=0, le=65535, description="TCP data port; 0 takes a free one.")
+    lease_seconds: Seconds = Field(
+        30.0, description="A source keeps leased blocks this long after it last heard of them."
+    )
+    fetch_timeout_seconds: Seconds = Field(
+        30.0, description="A fetch that takes longer has failed."
+    )
+    layers_per_piece: int = Field(
+        8, ge=1, description="Layers that are offered, read and checked together."
+    )
+    recompute_max_tokens: int = Field(
+        2048,
+        ge=0,
+        description="A decode worker whose fetch failed computes up to this many prompt tokens "
+        "itself; beyond, the request is placed again.",
+    )
+
+
+class WorkerSettings(_Section):
+    """A worker's place in the cluster."""
+
+    name: str = Field("", description="Name in status and logs; empty: the role.")
+    coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
+    region: str = Field("", description="Label of the region, for placement.")
+    heartbeat_seconds: Seconds = Field(0.5, description="Between reports of load.")
+
+
+class CoordinatorSettings(_Section):
+    """Placement and membership."""
+
+    lease_seconds: Seconds = Field(
+        3.0, description="A worker not heard of for this long is gone."
+    )
+    queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
+    local_prefill_tokens: int = Field(
+        64,
+        ge=0,
+        description="Uncached prompts up to this long are computed on the decode worker.",
+    )
+
+
+class FrontendSettings(_Section):
+    """The public API."""
+
+    coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
+    max_attempts: int = Field(
+        5, ge=1, description="Placements of one request, workers dying, before it fails."
+    )
+    default_timeout_seconds: Seconds = Field(
+        600.0, description="Deadline of a request whose client gave none."
+    )
+    stall_seconds: Seconds = Field(
+        30.0, description="A worker that owes a token and sends nothing for this long is lost."
+    )
+    default_max_tokens: int = Field(256, ge=1, description="max_tokens where the client gave none.")
+
+
+class CoordinatorProcess(_Section):
+    """Everything `tandem serve coordinator` reads."""
+
+    server: ServerSettings = ServerSettings(port=7450)
+    log: LogSettings = LogSettings()
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+
+
+class FrontendProcess(_Section):
+    """Everything `tandem serve frontend` reads."""
+
+    server: ServerSettings = ServerSettings(port=7400)
+    log: LogSettings = LogSettings()
+    model: ModelSettings = ModelSettings()
+    frontend: FrontendSettings = FrontendSettings()
+
+
+class WorkerProcess(_Section):
+    """Everything `tandem serve prefill` and `tandem serve decode` read."""
+
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+    model: ModelSettings = ModelSettings()
+    worker: WorkerSettings = WorkerSettings()
+    engine: EngineSettings = EngineSettings()
+    kv: KvSettings = KvSettings()
