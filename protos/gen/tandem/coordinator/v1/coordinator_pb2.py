@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tandem/coordinator/v1/coordinator.proto\x12\x15tandem.coordinator.v1\"\xab\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12/\n\x04role\x18\x02 \x01(\x0e\x32!.tandem.coordinator.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\tkv_layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\r\x12\x0c\n\x04host\x18\n \x01(\t\x12\x0e\n\x06region\x18\x0b \x01(\t\x12\x10\n\x08numerics\x18\x0c \x01(\t\x12\x10\n\x08\x64p_ranks\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\x80\x03\n\x0bWorkerStats\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12\x13\n\x0bheld_blocks\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x10\n\x08\x66inished\x18\t \x01(\x04\x12\x16\n\x0e\x63orrupt_blocks\x18\n \x01(\x04\x12\x11\n\tpreempted\x18\x0b \x01(\x04\x12\x41\n\x08kv_bytes\x18\x0c \x03(\x0b\x32/.tandem.coordinator.v1.WorkerStats.KvBytesEntry\x12\x0e\n\x06leases\x18\r \x01(\r\x1a.\n\x0cKvBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x05Hello\x12/\n\x04info\x18\x01 \x01(\x0b\x32!.tandem.coordinator.v1.WorkerInfo\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\">\n\tHeartbeat\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\"O\n\x08KvEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\n\n\x08\x44raining\"\xed\x01\n\x0fRegisterRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.tandem.coordinator.v1.HelloH\x00\x12\x35\n\theartbeat\x18\x02 \x01(\x0b\x32 .tandem.coordinator.v1.HeartbeatH\x00\x12\x34\n\tkv_events\x18\x03 \x01(\x0b\x32\x1f.tandem.coordinator.v1.KvEventsH\x00\x12\x33\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1f.tandem.coordinator.v1.DrainingH\x00\x42\t\n\x07message\"4\n\x08\x41\x63\x63\x65pted\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x16\n\x0e\x63oordinator_id\x18\x02 \x01(\t\"\x08\n\x06Resync\"\x83\x01\n\x10RegisterResponse\x12\x33\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1f.tandem.coordinator.v1.AcceptedH\x00\x12/\n\x06resync\x18\x02 \x01(\x0b\x32\x1d.tandem.coordinator.v1.ResyncH\x00\x42\t\n\x07message\"\xb0\x01\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x65xclude_workers\x18\x07 \x03(\t\x12\x13\n\x0b\x66rontend_id\x18\x08 \x01(\t\"Z\n\x0cPlacedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x64p_rank\x18\x04 \x01(\r\"\xa3\x01\n\rPlaceResponse\x12\x34\n\x07prefill\x18\x01 \x01(\x0b\x32#.tandem.coordinator.v1.PlacedWorker\x12\x33\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32#.tandem.coordinator.v1.PlacedWorker\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x16\n\x0equeued_seconds\x18\x04 \x01(\x01\"q\n\rReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rfailed_worker\x18\x03 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x04 \x01(\t\x12\x13\n\x0bunreachable\x18\x05 \x01(\x08\"\x10\n\x0eReportResponse\"\x12\n\x10GetStatusRequest\"\xb2\x01\n\x0cWorkerStatus\x12/\n\x04info\x18\x01 \x01(\x0b\x32!.tandem.coordinator.v1.WorkerInfo\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x16\n\x0esilent_seconds\x18\x04 \x01(\x01\x12\x14\n\x0cknown_blocks\x18\x05 \x01(\r\"\x91\x02\n\x11GetStatusResponse\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x34\n\x07workers\x18\x02 \x03(\x0b\x32#.tandem.coordinator.v1.WorkerStatus\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x0e\n\x06placed\x18\x04 \x01(\x04\x12\x46\n\x07refused\x18\x05 \x03(\x0b\x32\x35.tandem.coordinator.v1.GetStatusResponse.RefusedEntry\x12\x16\n\x0euptime_seconds\x18\x06 \x01(\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\x9f\x02\n\x12\x43oordinatorService\x12R\n\x05Place\x12#.tandem.coordinator.v1.PlaceRequest\x1a$.tandem.coordinator.v1.PlaceResponse\x12U\n\x06Report\x12$.tandem.coordinator.v1.ReportRequest\x1a%.tandem.coordinator.v1.ReportResponse\x12^\n\tGetStatus\x12\'.tandem.coordinator.v1.GetStatusRequest\x1a(.tandem.coordinator.v1.GetStatusResponse2x\n\x15WorkerRegistryService\x12_\n\x08Register\x12&.tandem.coordinator.v1.RegisterRequest\x1a\'.tandem.coordinator.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'tandem/coordinator/v1/coordinator.proto\x12\x15tandem.coordinator.v1\"\xab\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12/\n\x04role\x18\x02 \x01(\x0e\x32!.tandem.coordinator.v1.WorkerRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\tkv_layout\x18\x05 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\r\x12\x0c\n\x04host\x18\n \x01(\t\x12\x0e\n\x06region\x18\x0b \x01(\t\x12\x10\n\x08numerics\x18\x0c \x01(\t\x12\x10\n\x08\x64p_ranks\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\"\x80\x03\n\x0bWorkerStats\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\r\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x06 \x01(\x01\x12\x13\n\x0bheld_blocks\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x10\n\x08\x66inished\x18\t \x01(\x04\x12\x16\n\x0e\x63orrupt_blocks\x18\n \x01(\x04\x12\x11\n\tpreempted\x18\x0b \x01(\x04\x12\x41\n\x08kv_bytes\x18\x0c \x03(\x0b\x32/.tandem.coordinator.v1.WorkerStats.KvBytesEntry\x12\x0e\n\x06leases\x18\r \x01(\r\x1a.\n\x0cKvBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x05Hello\x12/\n\x04info\x18\x01 \x01(\x0b\x32!.tandem.coordinator.v1.WorkerInfo\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\">\n\tHeartbeat\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\"O\n\x08KvEvents\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08snapshot\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x0c\x12\x0f\n\x07removed\x18\x04 \x03(\x0c\"\n\n\x08\x44raining\"\xed\x01\n\x0fRegisterRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.tandem.coordinator.v1.HelloH\x00\x12\x35\n\theartbeat\x18\x02 \x01(\x0b\x32 .tandem.coordinator.v1.HeartbeatH\x00\x12\x34\n\tkv_events\x18\x03 \x01(\x0b\x32\x1f.tandem.coordinator.v1.KvEventsH\x00\x12\x33\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1f.tandem.coordinator.v1.DrainingH\x00\x42\t\n\x07message\"4\n\x08\x41\x63\x63\x65pted\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x16\n\x0e\x63oordinator_id\x18\x02 \x01(\t\"\x08\n\x06Resync\"\x83\x01\n\x10RegisterResponse\x12\x33\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1f.tandem.coordinator.v1.AcceptedH\x00\x12/\n\x06resync\x18\x02 \x01(\x0b\x32\x1d.tandem.coordinator.v1.ResyncH\x00\x42\t\n\x07message\"\xc3\x01\n\x0cPlaceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nblock_keys\x18\x04 \x03(\x0c\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x65xclude_workers\x18\x07 \x03(\t\x12\x13\n\x0b\x66rontend_id\x18\x08 \x01(\t\x12\x11\n\tkv_layout\x18\t \x01(\t\"Z\n\x0cPlacedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07\x64p_rank\x18\x04 \x01(\r\"\xa3\x01\n\rPlaceResponse\x12\x34\n\x07prefill\x18\x01 \x01(\x0b\x32#.tandem.coordinator.v1.PlacedWorker\x12\x33\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32#.tandem.coordinator.v1.PlacedWorker\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x16\n\x0equeued_seconds\x18\x04 \x01(\x01\"q\n\rReportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rfailed_worker\x18\x03 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x04 \x01(\t\x12\x13\n\x0bunreachable\x18\x05 \x01(\x08\"\x10\n\x0eReportResponse\"\x12\n\x10GetModelsRequest\"\x8e\x01\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tkv_layout\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x04 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x06 \x01(\r\"G\n\x11GetModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\".tandem.coordinator.v1.ServedModel\"\x12\n\x10GetStatusRequest\"\xb2\x01\n\x0cWorkerStatus\x12/\n\x04info\x18\x01 \x01(\x0b\x32!.tandem.coordinator.v1.WorkerInfo\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x16\n\x0esilent_seconds\x18\x04 \x01(\x01\x12\x14\n\x0cknown_blocks\x18\x05 \x01(\r\"\x91\x02\n\x11GetStatusResponse\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12\x34\n\x07workers\x18\x02 \x03(\x0b\x32#.tandem.coordinator.v1.WorkerStatus\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x0e\n\x06placed\x18\x04 \x01(\x04\x12\x46\n\x07refused\x18\x05 \x03(\x0b\x32\x35.tandem.coordinator.v1.GetStatusResponse.RefusedEntry\x12\x16\n\x0euptime_seconds\x18\x06 \x01(\x01\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xff\x02\n\x12\x43oordinatorService\x12R\n\x05Place\x12#.tandem.coordinator.v1.PlaceRequest\x1a$.tandem.coordinator.v1.PlaceResponse\x12U\n\x06Report\x12$.tandem.coordinator.v1.ReportRequest\x1a%.tandem.coordinator.v1.ReportResponse\x12^\n\tGetModels\x12\'.tandem.coordinator.v1.GetModelsRequest\x1a(.tandem.coordinator.v1.GetModelsResponse\x12^\n\tGetStatus\x12\'.tandem.coordinator.v1.GetStatusRequest\x1a(.tandem.coordinator.v1.GetStatusResponse2x\n\x15WorkerRegistryService\x12_\n\x08Register\x12&.tandem.coordinator.v1.RegisterRequest\x1a\'.tandem.coordinator.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERSTATS_KVBYTESENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=2506
-  _globals['_WORKERROLE']._serialized_end=2596
+  _globals['_WORKERROLE']._serialized_start=2763
+  _globals['_WORKERROLE']._serialized_end=2853
   _globals['_WORKERINFO']._serialized_start=67
   _globals['_WORKERINFO']._serialized_end=366
   _globals['_WORKERSTATS']._serialized_start=369
@@ -60,25 +60,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERRESPONSE']._serialized_start=1326
   _globals['_REGISTERRESPONSE']._serialized_end=1457
   _globals['_PLACEREQUEST']._serialized_start=1460
-  _globals['_PLACEREQUEST']._serialized_end=1636
-  _globals['_PLACEDWORKER']._serialized_start=1638
-  _globals['_PLACEDWORKER']._serialized_end=1728
-  _globals['_PLACERESPONSE']._serialized_start=1731
-  _globals['_PLACERESPONSE']._serialized_end=1894
-  _globals['_REPORTREQUEST']._serialized_start=1896
-  _globals['_REPORTREQUEST']._serialized_end=2009
-  _globals['_REPORTRESPONSE']._serialized_start=2011
-  _globals['_REPORTRESPONSE']._serialized_end=2027
-  _globals['_GETSTATUSREQUEST']._serialized_start=2029
-  _globals['_GETSTATUSREQUEST']._serialized_end=2047
-  _globals['_WORKERSTATUS']._serialized_start=2050
-  _globals['_WORKERSTATUS']._serialized_end=2228
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2231
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2504
-  _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._serialized_start=2458
-  _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._serialized_end=2504
-  _globals['_COORDINATORSERVICE']._serialized_start=2599
-  _globals['_COORDINATORSERVICE']._serialized_end=2886
-  _globals['_WORKERREGISTRYSERVICE']._serialized_start=2888
-  _globals['_WORKERREGISTRYSERVICE']._serialized_end=3008
+  _globals['_PLACEREQUEST']._serialized_end=1655
+  _globals['_PLACEDWORKER']._serialized_start=1657
+  _globals['_PLACEDWORKER']._serialized_end=1747
+  _globals['_PLACERESPONSE']._serialized_start=1750
+  _globals['_PLACERESPONSE']._serialized_end=1913
+  _globals['_REPORTREQUEST']._serialized_start=1915
+  _globals['_REPORTREQUEST']._serialized_end=2028
+  _globals['_REPORTRESPONSE']._serialized_start=2030
+  _globals['_REPORTRESPONSE']._serialized_end=2046
+  _globals['_GETMODELSREQUEST']._serialized_start=2048
+  _globals['_GETMODELSREQUEST']._serialized_end=2066
+  _globals['_SERVEDMODEL']._serialized_start=2069
+  _globals['_SERVEDMODEL']._serialized_end=2211
+  _globals['_GETMODELSRESPONSE']._serialized_start=2213
+  _globals['_GETMODELSRESPONSE']._serialized_end=2284
+  _globals['_GETSTATUSREQUEST']._serialized_start=2286
+  _globals['_GETSTATUSREQUEST']._serialized_end=2304
+  _globals['_WORKERSTATUS']._serialized_start=2307
+  _globals['_WORKERSTATUS']._serialized_end=2485
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2488
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2761
+  _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._serialized_start=2715
+  _globals['_GETSTATUSRESPONSE_REFUSEDENTRY']._serialized_end=2761
+  _globals['_COORDINATORSERVICE']._serialized_start=2856
+  _globals['_COORDINATORSERVICE']._serialized_end=3239
+  _globals['_WORKERREGISTRYSERVICE']._serialized_start=3241
+  _globals['_WORKERREGISTRYSERVICE']._serialized_end=3361
 # @@protoc_insertion_point(module_scope)

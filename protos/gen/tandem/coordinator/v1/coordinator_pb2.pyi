@@ -451,6 +451,7 @@ class PlaceRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     EXCLUDE_WORKERS_FIELD_NUMBER: _builtins.int
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
+    KV_LAYOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     attempt: _builtins.int
@@ -463,6 +464,8 @@ class PlaceRequest(_message.Message):
     """Tokens it may still generate."""
     frontend_id: _builtins.str
     """Frontend that asks."""
+    kv_layout: _builtins.str
+    """Fingerprint of the KV layout that block_keys were salted with."""
     @_builtins.property
     def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys of the full blocks of the prompt (and of tokens generated so far), in order."""
@@ -482,10 +485,11 @@ class PlaceRequest(_message.Message):
         max_tokens: _builtins.int = ...,
         exclude_workers: _abc.Iterable[_builtins.str] | None = ...,
         frontend_id: _builtins.str = ...,
+        kv_layout: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "kv_layout", b"kv_layout", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -619,6 +623,89 @@ class ReportResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class GetModelsRequest(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelsRequest: _TypeAlias = GetModelsRequest  # noqa: Y015
+
+@_typing.final
+class ServedModel(_message.Message):
+    """A model that some worker serves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    KV_LAYOUT_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
+    DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its name."""
+    kv_layout: _builtins.str
+    """Fingerprint of its workers' KV layout; part of the salt of block keys."""
+    block_tokens: _builtins.int
+    """Tokens a KV block holds."""
+    context_tokens: _builtins.int
+    """Prompt and output together, tokens; the least of its workers'."""
+    prefill_workers: _builtins.int
+    """Prefill workers up and not draining."""
+    decode_workers: _builtins.int
+    """Decode workers up and not draining."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        kv_layout: _builtins.str = ...,
+        block_tokens: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        prefill_workers: _builtins.int = ...,
+        decode_workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "kv_layout", b"kv_layout", "model", b"model", "prefill_workers", b"prefill_workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
+
+@_typing.final
+class GetModelsResponse(_message.Message):
+    """The models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedModel]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ServedModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelsResponse: _TypeAlias = GetModelsResponse  # noqa: Y015
 
 @_typing.final
 class GetStatusRequest(_message.Message):

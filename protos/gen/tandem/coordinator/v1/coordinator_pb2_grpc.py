@@ -45,6 +45,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
                 response_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.GetModels = channel.unary_unary(
+                '/tandem.coordinator.v1.CoordinatorService/GetModels',
+                request_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsRequest.SerializeToString,
+                response_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/tandem.coordinator.v1.CoordinatorService/GetStatus',
                 request_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
@@ -71,6 +76,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModels(self, request, context):
+        """What frontends must know of the models served: how to hash prompts, how long they may be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What is there: workers, load, queue.
         """
@@ -90,6 +102,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportRequest.FromString,
                     response_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportResponse.SerializeToString,
+            ),
+            'GetModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModels,
+                    request_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsRequest.FromString,
+                    response_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -152,6 +169,33 @@ class CoordinatorService(object):
             '/tandem.coordinator.v1.CoordinatorService/Report',
             tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
             tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.coordinator.v1.CoordinatorService/GetModels',
+            tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsRequest.SerializeToString,
+            tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,8 @@ class CoordinatorServiceStub:
     """
     Report: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRequest, _coordinator_pb2.ReportResponse]
     """Tells how an attempt ended, so that capacity is free at once and a failed worker is avoided."""
+    GetModels: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetModelsRequest, _coordinator_pb2.GetModelsResponse]
+    """What frontends must know of the models served: how to hash prompts, how long they may be."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
     """What is there: workers, load, queue."""
 
@@ -45,6 +47,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_coordinator_pb2.ReportRequest, _abc.Awaitable[_coordinator_pb2.ReportResponse]],
     ) -> _abc.Awaitable[_coordinator_pb2.ReportResponse]:
         """Tells how an attempt ended, so that capacity is free at once and a failed worker is avoided."""
+
+    @_abc_1.abstractmethod
+    def GetModels(
+        self,
+        request: _coordinator_pb2.GetModelsRequest,
+        context: _aio.ServicerContext[_coordinator_pb2.GetModelsRequest, _abc.Awaitable[_coordinator_pb2.GetModelsResponse]],
+    ) -> _abc.Awaitable[_coordinator_pb2.GetModelsResponse]:
+        """What frontends must know of the models served: how to hash prompts, how long they may be."""
 
     @_abc_1.abstractmethod
     def GetStatus(
