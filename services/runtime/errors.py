@@ -9,7 +9,7 @@ Errors of kvtransfer (kvtransfer/errors.py) have the same attributes and pass th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -32,8 +32,8 @@ class StatusError(Protocol):
 class TandemError(Exception):
     """Root of the tree; an instance of the root itself is a bug."""
 
-    reason: ClassVar[str] = "INTERNAL"
-    code: ClassVar[str] = "INTERNAL"
+    reason: str = "INTERNAL"
+    code: str = "INTERNAL"
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message)
@@ -110,7 +110,7 @@ class KvSourceLostError(RetryableError):
 
 
 class DrainingError(RetryableError):
-    """This process is shutting down and takes no new requests."""
+    """The process is shutting down and takes no new requests."""
 
     reason = "DRAINING"
     code = "UNAVAILABLE"
@@ -153,7 +153,9 @@ class CancelledError(TandemError):
 
 def to_proto(error: StatusError) -> status_pb2.Status:
     """The google.rpc.Status of an error, details included."""
-    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    details = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
     packed = []
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(
@@ -174,7 +176,8 @@ def to_proto(error: StatusError) -> status_pb2.Status:
 
 def to_status(error: StatusError) -> grpc.Status:
     """For `context.abort_with_status`."""
-    return rpc_status.to_status(to_proto(error))
+    status: grpc.Status = rpc_status.to_status(to_proto(error))
+    return status
 
 
 def _subclasses(root: type[TandemError]) -> list[type[TandemError]]:
@@ -184,23 +187,24 @@ def _subclasses(root: type[TandemError]) -> list[type[TandemError]]:
 def by_reason(reason: str, message: str, metadata: Mapping[str, str]) -> TandemError:
     """An error as another process raised it, from what the wire carried of it.
 
-    A reason this process does not know becomes a plain TandemError that keeps it.
+    A reason that this tree does not have (kvtransfer's, a newer version's) becomes a plain
+    TandemError that keeps it.
     """
-    for kind in _subclasses(TandemError):
-        if kind.reason == reason and kind is not RetryableError:
-            error = kind.__new__(kind)
-            Exception.__init__(error, message)
-            error.message = message
-            error.metadata = dict(metadata)
-            if isinstance(error, RetryableError):
-                error.retry_seconds = 1.0
-            return error
-    return TandemError(message, **{"remote_reason": reason, **metadata})
+    kinds = (k for k in _subclasses(TandemError) if k.reason == reason and k is not RetryableError)
+    kind = next(kinds, TandemError)
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    error.reason = reason
+    error.message = message
+    error.metadata = dict(metadata)
+    if isinstance(error, RetryableError):
+        error.retry_seconds = 1.0
+    return error
 
 
 def from_rpc(error: grpc.aio.AioRpcError) -> TandemError | None:
     """The TandemError inside a failed call, or None if the failure is the transport's own."""
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(error)
     if status is None:
         return None
     found: TandemError | None = None
@@ -209,6 +213,7 @@ def from_rpc(error: grpc.aio.AioRpcError) -> TandemError | None:
         retry = error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
             found = by_reason(info.reason, status.message, info.metadata)
+            found.code = error.code().name
         elif detail.Unpack(retry) and isinstance(found, RetryableError):
             found.retry_seconds = retry.retry_delay.ToMicroseconds() / 1e6
     return found

@@ -82,9 +82,7 @@ class EngineSettings(_Section):
     chunk_tokens: int = Field(
         256, ge=1, description="Prompt tokens computed in one step at most (token budget)."
     )
-    context_tokens: int = Field(
-        0, ge=0, description="Context window; 0: the model's own."
-    )
+    context_tokens: int = Field(0, ge=0, description="Context window; 0: the model's own.")
     scripted_step_seconds: float = Field(
         0.0, ge=0, description="kind=scripted: how long a step takes."
     )
@@ -127,9 +125,7 @@ class WorkerSettings(_Section):
 class CoordinatorSettings(_Section):
     """Placement and membership."""
 
-    lease_seconds: Seconds = Field(
-        3.0, description="A worker not heard of for this long is gone."
-    )
+    lease_seconds: Seconds = Field(3.0, description="A worker not heard of for this long is gone.")
     queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
     local_prefill_tokens: int = Field(
         64,
