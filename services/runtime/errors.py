@@ -23,10 +23,21 @@ DOMAIN = "tandem"
 class StatusError(Protocol):
     """What can be mapped to a status: every TandemError and every kvtransfer error."""
 
-    reason: str
-    code: str
-    message: str
-    metadata: Mapping[str, str]
+    @property
+    def reason(self) -> str:
+        """UPPER_SNAKE_CASE, stable."""
+
+    @property
+    def code(self) -> str:
+        """Name of the gRPC code."""
+
+    @property
+    def message(self) -> str:
+        """For a person."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Values named in the message, for programs."""
 
 
 class TandemError(Exception):

@@ -15,7 +15,9 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ServerSettings(_Section):
@@ -24,7 +26,9 @@ class ServerSettings(_Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     advertise: str = Field(
-        "", description="host:port that others reach this process by; empty: host and port."
+        "",
+        description="host:port that others reach this process by; empty: host and port, with this "
+        "machine's name where host is every address.",
     )
     max_message_bytes: int = Field(
         4 * 2**20, ge=2**16, description="Largest message taken; larger ones are refused."
