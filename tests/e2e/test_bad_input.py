@@ -74,12 +74,12 @@ BAD = {
 
 
 async def failure(cluster: Cluster, request, *, stream: bool) -> grpc.aio.AioRpcError:
+    if stream:
+        call = cluster.stream(request, timeout=20).read()
+    else:
+        call = cluster.inference.Generate(request, timeout=20)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if stream:
-            async for _ in cluster.stream(request, timeout=20):
-                pass
-        else:
-            await cluster.inference.Generate(request, timeout=20)
+        await call
     return caught.value
 
 
