@@ -1,0 +1,60 @@
+"""The coordinator process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import Callable
+
+from services.coordinator.core.core import Core, Rules
+from services.coordinator.service import CoordinatorServicer, Driver, WorkerRegistryServicer
+from services.runtime.server import Server
+from services.runtime.settings import CoordinatorProcess
+from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
+
+TICK_SECONDS = 0.1
+STOP_SECONDS = 1.0
+"""For answers under way to reach their callers."""
+
+
+async def serve(
+    settings: CoordinatorProcess, *, ready: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """Serves until `stop` is set. Then refuses who waits, and ends workers' streams."""
+    own = settings.coordinator
+    rules = Rules(
+        lease_seconds=own.lease_seconds,
+        queue_limit=own.queue_limit,
+        local_prefill_tokens=own.local_prefill_tokens,
+    )
+    core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
+    driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")
+    server = Server(settings.server, "coordinator")
+    server.add(
+        pb_grpc.add_CoordinatorServiceServicer_to_server,
+        CoordinatorServicer(driver),
+        "tandem.coordinator.v1.CoordinatorService",
+    )
+    server.add(
+        pb_grpc.add_WorkerRegistryServiceServicer_to_server,
+        WorkerRegistryServicer(driver),
+        "tandem.coordinator.v1.WorkerRegistryService",
+    )
+    ready(await server.start())
+    clock = asyncio.create_task(driver.run_clock(min(TICK_SECONDS, own.lease_seconds / 6)))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        # The clock ends only by an error, which then ends the process.
+        await asyncio.wait((clock, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if clock.done():
+            clock.result()
+    finally:
+        stopping.cancel()
+        clock.cancel()
+        driver.stop()
+        await server.stop(STOP_SECONDS)
+        with contextlib.suppress(asyncio.CancelledError):
+            await clock

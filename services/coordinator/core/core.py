@@ -1,0 +1,386 @@
+"""The coordinator's decisions: handle(event, now) -> commands, and nothing else.
+
+All state is soft. A core that starts afresh learns its workers within a lease, since they register
+again; until then requests wait instead of being told that nobody is there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from services.coordinator.core import messages as m
+from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.feed import KvFeed, Verdict
+from services.coordinator.core.index import PrefixIndex
+from services.coordinator.core.load import AttemptId, Booking, Load
+from services.coordinator.core.membership import Members, Signal, Standing, Worker
+from services.coordinator.core.placement import Blocked, Decision, Placer, refusal
+from services.coordinator.core.pools import Pool, Pools
+from services.coordinator.core.scoring import Candidate
+
+ATTEMPTS_REMEMBERED = 1 << 16
+"""Placed attempts whose end is still of interest. The oldest is forgotten beyond: its end then
+frees capacity with the worker's next report instead of at once."""
+
+WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING"})
+"""Failures by which a worker says that it takes nothing now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an operator decides."""
+
+    lease_seconds: float
+    queue_limit: int
+    local_prefill_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Where an attempt was placed."""
+
+    decode: str
+    prefill: str
+    blocks: int
+    """KV blocks on the decode worker."""
+
+
+class Core:
+    """See the module's docstring. `draw` gives numbers in [0, 1); `now` never goes back."""
+
+    def __init__(self, rules: Rules, now: float, draw: Callable[[], float]) -> None:
+        self.members = Members()
+        self.index = PrefixIndex()
+        self.pools = Pools()
+        self.queue = Queue(rules.queue_limit)
+        self.started = now
+        self.placed = 0
+        self.refused: dict[m.Reason, int] = {}
+        self._rules = rules
+        self._placer = Placer(self.index, rules.local_prefill_tokens, draw)
+        self._rate = PlacementRate(now)
+        self._attempts: OrderedDict[AttemptId, Attempt] = OrderedDict()
+        self._ticked = now
+        self._settled = False
+        self._models_seen: set[str] = set()
+        self._recheck = False
+        self._out: list[m.Command] = []
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            m.WorkerHello: self._hello,
+            m.WorkerHeartbeat: self._heartbeat,
+            m.WorkerKvEvents: self._kv_events,
+            m.WorkerDraining: self._draining,
+            m.StreamLost: self._stream_lost,
+            m.PlaceRequested: self._place,
+            m.PlaceCancelled: self._cancel,
+            m.AttemptEnded: self._attempt_ended,
+            m.Tick: self._tick,
+        }
+
+    def handle(self, event: m.Event, now: float) -> list[m.Command]:
+        """Takes in what happened, and says what is to be done about it, in order."""
+        self._handlers[type(event)](event, now)
+        commands, self._out = self._out, []
+        return commands
+
+    # Workers
+
+    def _hello(self, event: m.WorkerHello, now: float) -> None:
+        info = event.info
+        known = self.members.get(info.worker_id)
+        standing, load = Standing.GONE, Load(info, event.stats)
+        if known is not None:
+            standing = Standing.DRAINING if known.standing is Standing.DRAINING else Standing.GONE
+            load = known.load
+            load.report(event.stats, now)
+        self._make_way(event, now)
+        worker = Worker(
+            info=info,
+            stream=event.stream,
+            load=load,
+            feed=KvFeed(patience=self._rules.lease_seconds, asked=now),
+            bit=self.index.add(info.worker_id),
+            heard=now,
+            expires=now + self._rules.lease_seconds,
+            standing=standing,
+        )
+        worker.signal(Signal.HELLO)
+        self.members.add(worker)
+        self.pools.put(worker)
+        self._models_seen.add(info.model)
+        self._out.append(m.GrantLease(event.stream, self._rules.lease_seconds))
+        self._serve_queue(info.model, now)
+
+    def _make_way(self, event: m.WorkerHello, now: float) -> None:
+        """Ends the memberships that a new one takes the place of."""
+        new = event.info
+        former = (self.members.on_stream(event.stream), self.members.get(new.worker_id))
+        usurped = self.members.at_address(new.address)
+        for worker, why in (
+            (former[0], "its stream says Hello for another worker"),
+            (former[1], "it registered anew"),
+            (usurped, f"{new.worker_id} is at its address now"),
+        ):
+            if worker is not None and self.members.get(worker.worker_id) is worker:
+                self._leave(worker, why, tell=worker.stream != event.stream)
+
+    def _heartbeat(self, event: m.WorkerHeartbeat, now: float) -> None:
+        worker = self._heard(event.stream, now)
+        if worker is None:
+            return
+        load = worker.load
+        room, blocks = load.room, load.free_blocks
+        load.report(event.stats, now)
+        self.pools.put(worker)
+        if load.room > room or load.free_blocks > blocks:
+            self._serve_queue(worker.info.model, now)
+
+    def _kv_events(self, event: m.WorkerKvEvents, now: float) -> None:
+        worker = self._heard(event.stream, now)
+        if worker is None:
+            return
+        verdict = worker.feed.accept(event.sequence, event.snapshot, now)
+        if verdict is Verdict.RESYNC:
+            self._out.append(m.AskResync(worker.stream))
+        elif verdict is Verdict.REPLACE:
+            self.index.replace(worker.worker_id, event.stored)
+        elif verdict is Verdict.APPLY:
+            self.index.remove(worker.worker_id, event.removed)
+            self.index.store(worker.worker_id, event.stored)
+
+    def _draining(self, event: m.WorkerDraining, now: float) -> None:
+        worker = self._heard(event.stream, now)
+        if worker is not None and worker.signal(Signal.DRAIN):
+            self.pools.put(worker)
+            self._recheck = True
+
+    def _stream_lost(self, event: m.StreamLost, now: float) -> None:
+        worker = self.members.on_stream(event.stream)
+        if worker is not None:
+            self._leave(worker, "its stream broke", tell=False)
+
+    def _heard(self, stream: int, now: float) -> Worker | None:
+        worker = self.members.on_stream(stream)
+        if worker is not None:
+            worker.heard, worker.expires = now, now + self._rules.lease_seconds
+            if worker.signal(Signal.HEARD):
+                self.pools.put(worker)
+                self._serve_queue(worker.info.model, now)
+        return worker
+
+    def _leave(self, worker: Worker, why: str, *, tell: bool = True) -> None:
+        worker.signal(Signal.LOST)
+        self.pools.put(worker)
+        self.members.remove(worker)
+        self.index.forget(worker.worker_id)
+        self._recheck = True
+        if tell:
+            self._out.append(m.DropWorker(worker.stream, worker.worker_id, why))
+
+    # Requests
+
+    def _place(self, event: m.PlaceRequested, now: float) -> None:
+        entry = Waiting(event.ticket, event.request, now, event.deadline)
+        lane = event.request.model
+        if event.deadline is not None and event.deadline <= now:
+            self._refuse(event.ticket, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"))
+            return
+        if self.queue.open_to_newcomers(lane):
+            outcome = self._decide(event.request, now)
+            if isinstance(outcome, Decision):
+                self.queue.newcomer_placed(lane)
+            if not isinstance(outcome, Blocked):
+                self._answer(entry, outcome, now)
+                return
+        if not self.queue.full:
+            self.queue.add(entry)
+            return
+        waiting = len(self.queue)
+        retry = self._rate.retry_seconds(waiting, now)
+        words = f"no worker has room, and {waiting} of {self.queue.limit} requests wait already"
+        self._refuse(event.ticket, m.Refusal(m.Reason.OVERLOADED, words, retry))
+
+    def _cancel(self, event: m.PlaceCancelled, now: float) -> None:
+        entry = self.queue.remove(event.ticket)
+        if entry is not None:
+            self._serve_queue(entry.request.model, now)
+
+    def _attempt_ended(self, event: m.AttemptEnded, now: float) -> None:
+        failed = self.members.get(event.failed_worker)
+        if failed is not None:
+            if event.unreachable and failed.signal(Signal.UNREACHABLE):
+                self._recheck = True
+            failed.load.refused = failed.load.refused or event.failure in WORKER_FULL
+            self.pools.put(failed)
+        attempt_id = (event.request_id, event.attempt)
+        if attempt_id in self._attempts:
+            decode = self._release(attempt_id)
+            if decode is not None:
+                self._serve_queue(decode.info.model, now)
+
+    def _release(self, attempt_id: AttemptId) -> Worker | None:
+        """Frees what an attempt took, so far as last reports count it; its decode worker."""
+        attempt = self._attempts.pop(attempt_id)
+        prefill = self.members.get(attempt.prefill)
+        if prefill is not None:
+            prefill.load.drop(attempt_id)
+            self.pools.put(prefill)
+        decode = self.members.get(attempt.decode)
+        if decode is not None:
+            if not decode.load.drop(attempt_id):
+                decode.load.credit(attempt.blocks)
+            self.pools.put(decode)
+        return decode
+
+    def _decide(self, want: m.PlaceRequest, now: float) -> Decision | Blocked | m.Refusal:
+        outcome = self._decide_settled(want)
+        if isinstance(outcome, m.Refusal) and not self._settled:
+            # Those who could serve it may be about to register.
+            return Blocked(outcome.message, everyone=False)
+        return outcome
+
+    def _decide_settled(self, want: m.PlaceRequest) -> Decision | Blocked | m.Refusal:
+        found = self._pools_for(want)
+        if isinstance(found, m.Refusal):
+            return found
+        want, pools = found
+        return self._placer.decide(want, pools)
+
+    def _pools_for(self, want: m.PlaceRequest) -> tuple[m.PlaceRequest, list[Pool]] | m.Refusal:
+        """The request with its model named, and that model's pools."""
+        models = self.pools.models()
+        if not want.model and len(models) == 1:
+            want = replace(want, model=models[0])
+        pools = self.pools.of(want.model, want.kv_layout)
+        if pools:
+            return want, pools
+        if want.model in self._models_seen or not models:
+            words = f"no worker of {want.model or 'any model'} is up"
+            return m.Refusal(m.Reason.NO_WORKERS, words, metadata={"model": want.model})
+        served = "served: " + ", ".join(models)
+        if want.model:
+            words = f"{want.model} is not served here; {served}"
+            return m.Refusal(m.Reason.UNKNOWN_MODEL, words, metadata={"model": want.model})
+        metadata = {"field": "model", "value": "", "allowed": f"name one; {served}"}
+        return m.Refusal(m.Reason.INVALID_REQUEST, f"model: name one; {served}", metadata=metadata)
+
+    def _answer(self, entry: Waiting, outcome: Decision | m.Refusal, now: float) -> None:
+        if isinstance(outcome, m.Refusal):
+            self._refuse(entry.ticket, outcome)
+            return
+        reasons, waited = outcome.reasons, now - entry.since
+        if waited > 0:
+            reasons = (*reasons, f"waited {waited:.3f} s for room")
+        decode, prefill = self._commit(entry.request, outcome, now)
+        placement = m.Placement(decode, prefill, reasons)
+        self._out.append(m.AnswerPlacement(entry.ticket, placement, waited))
+
+    def _commit(
+        self, want: m.PlaceRequest, decision: Decision, now: float
+    ) -> tuple[m.Chosen, m.Chosen | None]:
+        """Books what was decided."""
+        attempt_id = (want.request_id, want.attempt)
+        if attempt_id in self._attempts:
+            self._release(attempt_id)
+        self.placed += 1
+        self._rate.count(now)
+        decode, prefill = decision.decode, decision.prefill
+        to_compute = decode.uncached_tokens if prefill is None else 0
+        chosen = self._book(attempt_id, decode, to_compute, now)
+        source = None
+        if prefill is not None:
+            source = self._book(attempt_id, prefill, prefill.uncached_tokens, now)
+        self._attempts[attempt_id] = Attempt(
+            chosen.worker_id, source.worker_id if source else "", decode.blocks
+        )
+        if len(self._attempts) > ATTEMPTS_REMEMBERED:
+            self._attempts.popitem(last=False)
+        return chosen, source
+
+    def _book(self, attempt: AttemptId, of: Candidate, tokens: int, now: float) -> m.Chosen:
+        worker = of.worker
+        worker.load.book(attempt, Booking(now, of.blocks, tokens))
+        worker.picked, worker.turns = self.placed, worker.turns + 1
+        self.pools.put(worker, turn=True)
+        rank = worker.turns % max(1, worker.info.dp_ranks)
+        return m.Chosen(worker.worker_id, worker.info.address, of.cached_tokens, rank)
+
+    def _refuse(self, ticket: int, refused: m.Refusal) -> None:
+        self.refused[refused.reason] = self.refused.get(refused.reason, 0) + 1
+        self._out.append(m.RefusePlacement(ticket, refused))
+
+    # The queue
+
+    def _serve_queue(self, model: str, now: float) -> None:
+        """Room may have appeared."""
+        for lane in (model, ""):
+            while self._serve_one(lane, now):
+                pass
+
+    def _serve_one(self, lane: str, now: float) -> bool:
+        """Answers one request of a lane if it can; so the next one may get its turn."""
+        for entry in self.queue.head(lane):
+            outcome = self._decide(entry.request, now)
+            if isinstance(outcome, Blocked):
+                if outcome.everyone:
+                    return False
+                continue
+            if isinstance(outcome, Decision):
+                self.queue.overtake(entry.ticket)
+            else:
+                self.queue.remove(entry.ticket)
+            self._answer(entry, outcome, now)
+            return True
+        return False
+
+    def _refuse_hopeless(self) -> None:
+        """Refuses those that nobody can serve any more, wherever in the queue they stand."""
+        for lane in self.queue.lanes():
+            for entry in list(self.queue.lane(lane)):
+                found = self._pools_for(entry.request)
+                refused = found if isinstance(found, m.Refusal) else refusal(*found)
+                if refused is not None:
+                    self.queue.remove(entry.ticket)
+                    self._refuse(entry.ticket, refused)
+
+    # Time
+
+    def _tick(self, event: m.Tick, now: float) -> None:
+        self._end_leases(now)
+        for worker in self.members:
+            if worker.feed.overdue(now):
+                self._out.append(m.AskResync(worker.stream))
+        for entry in self.queue.late(now):
+            self.queue.remove(entry.ticket)
+            words = f"no worker had room within the {now - entry.since:.3f} s to the deadline"
+            self._refuse(entry.ticket, m.Refusal(m.Reason.DEADLINE, words))
+        if not self._settled and now - self.started >= self._rules.lease_seconds:
+            self._settled = self._recheck = True
+        if self._recheck and self._settled:
+            self._recheck = False
+            self._refuse_hopeless()
+        for lane in self.queue.lanes():
+            self._serve_queue(lane, now)
+
+    def _end_leases(self, now: float) -> None:
+        if now - self._ticked > self._rules.lease_seconds / 2:
+            # It was this process that was away: what workers sent meanwhile is still to be read.
+            for worker in self.members:
+                worker.expires = now + self._rules.lease_seconds
+        self._ticked = now
+        for worker in self.members.expired(now):
+            self._leave(worker, f"silent for {now - worker.heard:.1f} s")
+
+    def check_integrity(self) -> None:
+        """Every view of the same fact agrees; raises AssertionError."""
+        self.index.check_integrity()
+        for worker in self.members:
+            worker.load.check_integrity()
+            assert worker.standing is not Standing.GONE
+        up = {w.worker_id for w in self.members if w.standing is Standing.UP}
+        pooled = [w for p in self.pools.all() for s in (p.prefill, p.decode) for w in s.up]
+        assert sorted(pooled) == sorted(up), "pools differ from the members that are up"
+        assert len(self.queue) <= self.queue.limit

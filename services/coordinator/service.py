@@ -1,0 +1,196 @@
+"""The coordinator's two gRPC services: they hand events to the core and act on its commands."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from services.coordinator import wire
+from services.coordinator.core import messages as m
+from services.coordinator.core.core import Core
+from services.runtime.errors import DrainingError, InvalidRequestError, WorkerLostError
+from tandem.coordinator.v1 import coordinator_pb2 as pb
+from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
+
+log = logging.getLogger(__name__)
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Stream:
+    """What is to be said on one Register stream; an error ends it, None ends it in peace."""
+
+    def __init__(self) -> None:
+        self.out: asyncio.Queue[pb.RegisterResponse | Exception | None] = asyncio.Queue()
+
+
+class Driver:
+    """The core's edge: the clock, the tickets, who waits for what. Use on one event loop."""
+
+    def __init__(
+        self, core: Core, coordinator_id: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.core = core
+        self.coordinator_id = coordinator_id
+        self.clock = clock
+        self.stopping = False
+        self._numbers = itertools.count(1)
+        self._streams: dict[int, _Stream] = {}
+        self._answers: dict[int, asyncio.Future[m.AnswerPlacement]] = {}
+
+    async def run_clock(self, interval_seconds: float) -> None:
+        """Tells the core that time passes, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_seconds)
+            self.dispatch(m.Tick())
+
+    def dispatch(self, event: m.Event) -> None:
+        """Hands an event to the core and acts on what it says."""
+        for command in self.core.handle(event, self.clock()):
+            self._act(command)
+
+    def open_stream(self) -> tuple[int, _Stream]:
+        """A number for a new Register stream, and what is to be said on it."""
+        number, stream = next(self._numbers), _Stream()
+        self._streams[number] = stream
+        if self.stopping:
+            stream.out.put_nowait(_stopping())
+        return number, stream
+
+    def close_stream(self, number: int) -> None:
+        """The stream is over."""
+        self._streams.pop(number, None)
+        self.dispatch(m.StreamLost(number))
+
+    async def place(self, want: m.PlaceRequest, timeout: float | None) -> m.AnswerPlacement:
+        """Waits for the core's answer. Raises the TandemError of a refusal."""
+        if self.stopping:
+            raise _stopping()
+        ticket = next(self._numbers)
+        answer: asyncio.Future[m.AnswerPlacement] = asyncio.get_running_loop().create_future()
+        self._answers[ticket] = answer
+        deadline = None if timeout is None else self.clock() + timeout
+        try:
+            self.dispatch(m.PlaceRequested(ticket, want, deadline))
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                # Answered, and nobody there to use it.
+                self.dispatch(m.AttemptEnded(want.request_id, want.attempt))
+            else:
+                self.dispatch(m.PlaceCancelled(ticket))
+            raise
+        finally:
+            self._answers.pop(ticket, None)
+
+    def stop(self) -> None:
+        """Ends all streams and refuses all who wait, and all who come from now on."""
+        self.stopping = True
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(_stopping())
+        for stream in self._streams.values():
+            stream.out.put_nowait(_stopping())
+
+    def _act(self, command: m.Command) -> None:
+        match command:
+            case m.AnswerPlacement(ticket=ticket):
+                answer = self._answers.get(ticket)
+                if answer is not None and not answer.done():
+                    answer.set_result(command)
+            case m.RefusePlacement(ticket=ticket, refusal=refusal):
+                answer = self._answers.get(ticket)
+                if answer is not None and not answer.done():
+                    answer.set_exception(wire.refusal_to(refusal))
+            case m.GrantLease(stream=number) | m.AskResync(stream=number):
+                if number in self._streams:
+                    message = wire.command_to(command, self.coordinator_id)
+                    self._streams[number].out.put_nowait(message)
+            case m.DropWorker(stream=number, worker_id=worker_id, why=why):
+                log.warning("worker %s is dropped: %s", worker_id, why)
+                if number in self._streams:
+                    lost = WorkerLostError(f"dropped: {why}; register again", worker=worker_id)
+                    self._streams[number].out.put_nowait(lost)
+
+
+class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
+    """Decisions for frontends."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def Place(self, request: pb.PlaceRequest, context: _Context) -> pb.PlaceResponse:  # noqa: N802
+        """See coordinator.proto."""
+        want = wire.place_from(request)
+        return wire.place_to(await self._driver.place(want, context.time_remaining()))
+
+    async def Report(self, request: pb.ReportRequest, context: _Context) -> pb.ReportResponse:  # noqa: N802
+        """See coordinator.proto."""
+        self._driver.dispatch(wire.ended_from(request))
+        return pb.ReportResponse()
+
+    async def GetModels(  # noqa: N802
+        self, request: pb.GetModelsRequest, context: _Context
+    ) -> pb.GetModelsResponse:
+        """See coordinator.proto."""
+        return wire.models_to(self._driver.core)
+
+    async def GetStatus(  # noqa: N802
+        self, request: pb.GetStatusRequest, context: _Context
+    ) -> pb.GetStatusResponse:
+        """See coordinator.proto."""
+        driver = self._driver
+        return wire.status_to(driver.core, driver.coordinator_id, driver.clock())
+
+
+class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):
+    """Membership, load and KV events."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def Register(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.RegisterRequest], context: _Context
+    ) -> AsyncIterator[pb.RegisterResponse]:
+        """See coordinator.proto."""
+        number, stream = self._driver.open_stream()
+        reading = asyncio.create_task(self._read(number, request_iterator, stream))
+        try:
+            while (item := await stream.out.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            reading.cancel()
+            self._driver.close_stream(number)
+
+    async def _read(
+        self, number: int, messages: AsyncIterator[pb.RegisterRequest], stream: _Stream
+    ) -> None:
+        """Hands on what the worker says; what ends its side of the stream ends the other too."""
+        end: Exception | None = None
+        worker_id = ""
+        try:
+            async for message in messages:
+                event = wire.report_from(number, message)
+                if isinstance(event, m.WorkerHello):
+                    worker_id = event.info.worker_id
+                    log.info("worker %s registers: %s", worker_id, event.info.address)
+                elif not worker_id:
+                    raise InvalidRequestError("message", "no hello", "a stream starts with hello")
+                self._driver.dispatch(event)
+            log.info("worker %s leaves", worker_id)
+        except Exception as error:  # whatever it is, the handler raises it: see the interceptor
+            end = error
+        finally:
+            stream.out.put_nowait(end)
+
+
+def _stopping() -> DrainingError:
+    return DrainingError("the coordinator is shutting down", retry_seconds=0.5)
