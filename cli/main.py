@@ -1,8 +1,357 @@
-"""Entry point of the `tandem` command."""
+"""The `tandem` command: every command with its flags and help. What they do is in the modules here.
+
+Each command imports what it needs when it runs, so that `tandem --help` is quick.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import enum
+import importlib
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.output import INTERRUPTED, fail, plain_errors
+
+EPILOG = """
+Exit status: 0 all went well, 1 it failed (the words say why), 2 a flag or setting is wrong,
+3 the server can't be reached, 130 interrupted. Settings also come from a TOML file (--config or
+TANDEM_CONFIG) and from variables such as TANDEM_ENGINE__THREADS=2; `tandem settings` lists them.
+"""
+
+LAZY = {
+    "models": ("cli.models", "Fetch, check and list models."),
+    "loadtest": ("cli.loadtest", "Put load on a cluster and measure it."),
+}
+
+
+class Role(enum.StrEnum):
+    """Kinds of process."""
+
+    COORDINATOR = "coordinator"
+    FRONTEND = "frontend"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Settings file (TOML). Default: $TANDEM_CONFIG."),
+]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="A setting; may be repeated."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model name, or path of a Hugging Face folder or GGUF."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", "-a", metavar="HOST:PORT", help="Frontend. Default: as settings say."
+    ),
+]
+Prefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.")]
+Decode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="torch, or scripted (no model; for trying things).")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Say what it took, and where it ran.")]
+
+
+class _Group(TyperGroup):
+    """A group some of whose commands are whole apps, imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *LAZY]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, help_text = LAZY[cmd_name]
+        try:
+            command = typer.main.get_command(importlib.import_module(module).app)
+        except ModuleNotFoundError as error:
+            command = typer.main.get_command(_unavailable(cmd_name, str(error)))
+        command.name, command.help = cmd_name, command.help or help_text
+        return command
+
+
+def _unavailable(name: str, why: str) -> typer.Typer:
+    missing = typer.Typer(context_settings={"ignore_unknown_options": True})
+
+    @missing.command()
+    def unavailable(arguments: list[str] = typer.Argument(None, hidden=True)) -> None:  # noqa: B008
+        fail(f"`tandem {name}` is not part of this installation: {why}")
+
+    return missing
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+    help="Serve language models with prefill and decode on separate workers.\n\n"
+    "Start with `tandem demo`; then `tandem up` in one terminal and `tandem chat` in another.",
+)
+
+
+@app.command()
+def serve(
+    role: Annotated[Role, typer.Argument(help="Which process.")],
+    config: Config = None,
+    sets: Set = [],  # noqa: B006 - typer copies it
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the coordinator is.")
+    ] = None,
+    model: Model = None,
+    name: Annotated[str | None, typer.Option(help="A worker's name in status and logs.")] = None,
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent_pid: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run one process of a cluster, until SIGTERM or Ctrl-C drains it.
+
+    A cluster by hand, each in its own terminal or on its own machine:
+
+    \b
+    tandem serve coordinator --port 7450
+    tandem serve prefill --coordinator 127.0.0.1:7450
+    tandem serve decode --coordinator 127.0.0.1:7450
+    tandem serve frontend --coordinator 127.0.0.1:7450 --port 7400
+    """  # noqa: D301 - click's mark for lines to keep
+    with plain_errors():
+        from cli import flags
+        from cli.serve import Parent, run_process
+
+        named = flags.given(
+            sets,
+            host=("server.host", host),
+            port=("server.port", port),
+            coordinator=(flags.COORDINATOR_KEY.get(role, "worker.coordinator"), coordinator),
+            name=("worker.name", name),
+        )
+        file = flags.config(config, os.environ)
+        parent = Parent(ready_fd, parent_pid)
+        raise typer.Exit(run_process(role, file, [*named, *flags.model(model)], parent))
+
+
+@app.command()
+def up(
+    prefill: Prefill = 1,
+    decode: Decode = 1,
+    model: Model = None,
+    port: Annotated[
+        int | None, typer.Option(help="Of the frontend. Default: 7400; 0 takes a free one.")
+    ] = None,
+    coordinator_port: Annotated[
+        int | None, typer.Option(help="Of the coordinator. Default: 7450; 0 takes a free one.")
+    ] = None,
+    engine: Engine = None,
+    config: Config = None,
+    sets: Set = [],  # noqa: B006
+    restart: Annotated[bool, typer.Option(help="Start processes again that die.")] = True,
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a log a process. Default: one that is removed at a good end."
+        ),
+    ] = None,
+) -> None:
+    """Run a whole cluster on this machine and watch it.
+
+    Ctrl-C drains it and ends every process; a second Ctrl-C ends them at once.
+
+    \b
+    tandem up --prefill 2 --decode 2
+    tandem up --model ~/models/Llama-3.2-1B --set engine.kv_memory_mib=2048
+    tandem up --engine scripted --set engine.scripted_step_seconds=0.02
+    """  # noqa: D301 - click's mark for lines to keep
+    with plain_errors():
+        from cli import flags
+        from cli.up import Plan
+        from cli.up import up as run_up
+        from services.runtime import process
+
+        file = flags.config(config, os.environ)
+        frontend, coordinator = flags.ports(file, os.environ)
+        plan = Plan(
+            prefill=prefill,
+            decode=decode,
+            settings=flags.texts(sets, model, engine),
+            config=file,
+            port=frontend if port is None else port,
+            coordinator_port=coordinator if coordinator_port is None else coordinator_port,
+            restart=restart,
+            logs=logs,
+        )
+        raise typer.Exit(process.run(lambda stop: run_up(plan, stop)))
+
+
+@app.command()
+def demo(
+    prefill: Prefill = 1,
+    decode: Decode = 1,
+    model: Model = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is the capital of Japan?",
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up, for `tandem chat`.")] = False,
+    engine: Engine = None,
+    config: Config = None,
+    sets: Set = [],  # noqa: B006
+) -> None:
+    """See the whole system work: a real model, prefill and decode in separate processes.
+
+    Fetches the model if it is not there, starts a cluster, asks a question twice, prints what it
+    took and where it ran, and ends. It fails if no KV moved or nothing was cached.
+    """
+    with plain_errors():
+        from cli import flags
+        from cli.demo import Show
+        from cli.demo import demo as run_demo
+        from services.runtime import process
+
+        file = flags.config(config, os.environ)
+        show = Show(prompt, prefill, decode, flags.texts(sets, model, engine), file, keep)
+        raise typer.Exit(process.run(lambda stop: run_demo(show, stop)))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    address: Address = None,
+    model: Model = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text; no chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", "-t")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this much probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop what is less probable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    stop: Annotated[list[str], typer.Option(help="End before this text.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+    stats: Stats = False,
+    config: Config = None,
+) -> None:
+    """Ask once, and see the answer as it comes.
+
+    \b
+    tandem generate "What is the capital of Japan?" --temperature 0
+    tandem generate --raw "Once upon a time" -n 64 --seed 7 --stats
+    cat question.txt | tandem generate -
+    """  # noqa: D301 - click's mark for lines to keep
+    with plain_errors():
+        from cli import ask, flags
+
+        text = sys.stdin.read() if prompt == "-" else prompt
+        request = flags.ask(
+            None if raw else [("system", system), ("user", text)],
+            text,
+            model,
+            stop,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
+        where = address or flags.addresses(config, os.environ)[0]
+        _run(ask.generate(where, request, as_json=as_json, stats=stats))
+
+
+@app.command()
+def chat(
+    address: Address = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", "-t")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    stats: Stats = False,
+    config: Config = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; Ctrl-D ends."""
+    with plain_errors():
+        from cli import ask, flags
+
+        template = flags.ask(
+            [("system", system)],
+            "",
+            model,
+            [],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        ask.chat(address or flags.addresses(config, os.environ)[0], template, stats=stats)
+
+
+@app.command()
+def status(
+    coordinator: Annotated[
+        str | None,
+        typer.Option("--coordinator", metavar="HOST:PORT", help="Default: as settings say."),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it current.")] = False,
+    config: Config = None,
+) -> None:
+    """Show workers, their load, their KV pools, and what the coordinator decided."""
+    with plain_errors():
+        from cli import flags
+        from cli import status as module
+
+        where = coordinator or flags.addresses(config, os.environ)[1]
+        _run(module.watch(where) if watch else module.show(where))
+
+
+@app.command()
+def settings(
+    process: Annotated[Role | None, typer.Argument(help="Only what this process reads.")] = None,
+    config: Config = None,
+    sets: Set = [],  # noqa: B006
+) -> None:
+    """Print every setting: value, where it came from, what it means."""
+    with plain_errors():
+        from cli import flags
+        from cli.settings import print_settings
+
+        file = flags.config(config, os.environ)
+        print_settings(process, file, os.environ, flags.given(sets))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of Tandem and of what it runs on."""
+    from cli.version import lines
+
+    print("\n".join(lines()))
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
 
 
 def main() -> None:
     """Runs the command line."""
-    raise SystemExit("tandem: no commands yet")
+    try:
+        app(prog_name="tandem")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

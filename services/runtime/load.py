@@ -147,7 +147,7 @@ def _check_known(item: Given) -> None:
 
 def _nearest(name: str, names: Sequence[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return f"; did you mean {found[0]}?" if found else ""
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _section(default: BaseModel, given: Mapping[str, Given]) -> BaseModel:

@@ -14,12 +14,15 @@ from collections.abc import Awaitable, Callable
 Stop = asyncio.Event
 """Set when the process should drain and end."""
 
+Main = Callable[[Stop], Awaitable[int | None]]
+"""What a process does; returns its exit status, None for 0."""
+
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run(main: Callable[[Stop], Awaitable[None]]) -> int:
-    """Runs `main` on uvloop and returns the exit status.
+def run(main: Main) -> int:
+    """Runs `main` on uvloop and returns the exit status it gave.
 
     The first SIGINT, SIGTERM or SIGHUP sets the event that `main` is given; the second cancels
     `main`, so that it ends at once but tidily; the third ends the process on the spot. A run that
@@ -29,7 +32,7 @@ def run(main: Callable[[Stop], Awaitable[None]]) -> int:
         return runner.run(_until_done(main))
 
 
-async def _until_done(main: Callable[[Stop], Awaitable[None]]) -> int:
+async def _until_done(main: Main) -> int:
     loop = asyncio.get_running_loop()
     stop = Stop()
     task = asyncio.ensure_future(main(stop))
@@ -49,7 +52,7 @@ async def _until_done(main: Callable[[Stop], Awaitable[None]]) -> int:
     for number in handled:
         loop.add_signal_handler(number, on_signal, number)
     try:
-        await task
+        return await task or 0
     except asyncio.CancelledError:
         if len(received) < 2:
             raise
@@ -57,7 +60,6 @@ async def _until_done(main: Callable[[Stop], Awaitable[None]]) -> int:
     finally:
         for number in handled:
             loop.remove_signal_handler(number)
-    return 0
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,0 +1,56 @@
+"""What a person can do about each error; shown by the command and printed into docs/errors.md."""
+
+from __future__ import annotations
+
+from services.runtime.client import CallFailedError
+
+ADVICE = {
+    "INVALID_REQUEST": "Change the field that the message names; it says what is allowed.",
+    "UNKNOWN_MODEL": "Ask for a model that is served: `tandem status`, or ListModels, names them.",
+    "DUPLICATE_REQUEST": "Give every request its own request_id, or none.",
+    "NO_WORKERS": "Start a worker of the role that is named, or wait until it is back. Then retry.",
+    "COORDINATOR_UNAVAILABLE": "Check that the coordinator runs where frontend.coordinator and "
+    "worker.coordinator say. Then retry.",
+    "WORKER_LOST": "Retry. It is seen only when a request lost workers more often than "
+    "frontend.max_attempts allows: their logs say why they died.",
+    "KV_SOURCE_LOST": "Retry. If it comes back, look for a prefill worker that dies, or raise "
+    "kv.fetch_timeout_seconds or kv.lease_seconds.",
+    "DRAINING": "Retry: another process takes the request.",
+    "ENGINE_FAILED": "Retry. The worker's log has the cause.",
+    "OVERLOADED": "Wait as long as RetryInfo says and retry, send less, or add workers "
+    "(coordinator.queue_limit is how many may wait).",
+    "ENGINE_OVERLOADED": "Retry later, or give the workers more room: engine.kv_memory_mib, "
+    "engine.max_running, engine.max_waiting.",
+    "DEADLINE": "Allow more time, or ask for fewer tokens.",
+    "CANCELLED": "Nothing: the client wanted it.",
+    "OUT_OF_BLOCKS": "Give the worker more KV memory: engine.kv_memory_mib or engine.kv_blocks.",
+    "LEASE_LOST": "Nothing: the request is placed again. Raise kv.lease_seconds if it is frequent.",
+    "BLOCKS_NOT_HELD": "Nothing: the sink computes or fetches the blocks elsewhere.",
+    "FETCH_TIMEOUT": "Raise kv.fetch_timeout_seconds, or look for what slows the source down.",
+    "INVALID_FETCH": "A bug of the sink; please report it with the message.",
+    "LAYOUT_MISMATCH": "Start all workers of a model with the same model, engine.kv_dtype and "
+    "engine.block_tokens; the message names what differs.",
+    "NO_TRANSPORT": "Give both sides a transport in common: kv.transports, kv.tcp_host.",
+    "TRANSPORT_FAILED": "Nothing: the request is placed again. Look at the network between the "
+    "workers if it is frequent.",
+    "TRANSPORT_UNUSABLE": "Check what the message says is missing, or take the transport out of "
+    "kv.transports.",
+    "CORRUPT_BLOCK": "Nothing: the block was not used and is computed again. If it is frequent, "
+    "suspect memory or network.",
+    "KV_ERROR": "Update both sides: one reported an error that the other does not know.",
+    "INTERNAL": "A bug. The log of the process that answered has more under the incident id; "
+    "please report both.",
+}
+
+
+def explain(error: CallFailedError) -> str:
+    """A failed call in words for the terminal."""
+    if error.unreachable:
+        why = error.message.rpartition(": ")[2]  # gRPC says where and how at length
+        return (
+            f"no server at {error.address} ({why}); start a cluster with `tandem up`, or say "
+            "where it is"
+        )
+    name = error.reason or error.code
+    advice = ADVICE.get(error.reason, "")
+    return f"{error.message} ({name})" + (f"\n{advice}" if advice else "")

@@ -1,0 +1,273 @@
+"""A whole cluster of real processes on this machine, for `tandem up`, the demo and the tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cli.child import Child, ChildFailedError
+from cli.output import CommandError
+from services.runtime.load import Given, load
+from services.runtime.settings import WorkerProcess
+
+READY_SECONDS = 180.0
+"""Loading a model may take a while, on a slow disk or a busy machine."""
+
+KILL_AFTER_DRAIN_SECONDS = 10.0
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 15.0
+STEADY_SECONDS = 30.0
+"""A process that ran this long starts over with the first backoff when it dies."""
+
+
+class ClusterError(CommandError):
+    """The cluster did not start, or did not end in good order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened to a process: starting, ready, died, stopping, ended."""
+
+    process: str
+    phase: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """What it takes to start one process of the cluster."""
+
+    name: str
+    role: str
+    settings: dict[str, str]
+
+
+class LocalCluster:
+    """An async context manager: `async with LocalCluster(prefill=1, decode=1) as cluster`.
+
+    Processes are "coordinator", "frontend", "prefill-0"..., "decode-0"...; worker ids are
+    these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
+    them, over `config` and the environment. Ports are free ones unless asked for; coordinator and
+    frontend keep theirs when restarted. `restart` brings dead processes back, with backoff.
+
+    Leaving the context drains and ends every process; ClusterError says if one of them had to be
+    killed or failed. An exception (a cancellation, too) on the way out kills all at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        settings: Mapping[str, str] | None = None,
+        config: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        frontend_port: int = 0,
+        coordinator_port: int = 0,
+        restart: bool = False,
+        logs: Path | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._config = config
+        self._environment = environment
+        self._restart = restart
+        self._on_event = on_event
+        self._settings = dict(settings or {})
+        self._drain_seconds = self._settle(prefill + decode)
+        self.logs = logs or Path(tempfile.mkdtemp(prefix="tandem-logs-"))
+        """Folder with one log a process."""
+        self._members = [
+            _Member("coordinator", "coordinator", {"server.port": str(coordinator_port)}),
+            _Member("frontend", "frontend", {"server.port": str(frontend_port)}),
+            *(_Member(f"prefill-{i}", "prefill", {"server.port": "0"}) for i in range(prefill)),
+            *(_Member(f"decode-{i}", "decode", {"server.port": "0"}) for i in range(decode)),
+        ]
+        self._children: dict[str, Child] = {}
+        self._addresses: dict[str, str] = {}
+        self._supervisors: dict[str, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            await self.stop()
+        else:
+            await self.kill_all()
+
+    async def start(self) -> None:
+        """Starts the coordinator, then all others at once; returns when every one is ready.
+
+        Raises ClusterError; then, and when cancelled, no process is left.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        first, *others = self._members
+        try:
+            await self._launch(first)
+            async with asyncio.TaskGroup() as group:
+                for member in others:
+                    group.create_task(self._launch(member))
+        except BaseException as error:
+            await self.kill_all()
+            failures = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
+            for failure in failures:
+                if isinstance(failure, ChildFailedError):
+                    raise ClusterError(f"{failure}\nlogs: {self.logs}") from None
+            raise
+        for member in self._members:
+            self._supervise(member)
+
+    def address(self, name: str) -> str:
+        """host:port of a process. Raises KeyError."""
+        return self._addresses[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all processes, whether they run or not."""
+        return [member.name for member in self._members]
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of those that run."""
+        return {n: c.pid for n, c in self._children.items() if c.returncode is None}
+
+    def kill(self, name: str, number: int) -> None:
+        """Sends a signal to a process."""
+        self._children[name].kill(number)
+
+    async def restart(self, name: str) -> None:
+        """Ends a process if it runs, starts it again, and waits until it is ready."""
+        await self._unsupervise(name)
+        await self._children[name].end(self._drain_seconds + KILL_AFTER_DRAIN_SECONDS)
+        member = next(m for m in self._members if m.name == name)
+        await self._launch(member)
+        self._supervise(member)
+
+    async def stop(self) -> None:
+        """Drains and ends all: frontends first, then workers, which they still need.
+
+        Raises ClusterError if a process that ran had to be killed or ended with a failure.
+        When cancelled, it kills what is left at once.
+        """
+        running = self.pids
+        try:
+            for name in list(self._supervisors):
+                await self._unsupervise(name)
+            for roles in (("frontend",), ("prefill", "decode"), ("coordinator",)):
+                await asyncio.gather(*(self._end(m) for m in self._members if m.role in roles))
+        finally:
+            await self.kill_all()
+        bad = [self._children[n] for n in running if self._children[n].returncode != 0]
+        if bad:
+            ends = "\n".join(f"{c.name} {c.how_it_ended()}\n{c.tail()}" for c in bad)
+            raise ClusterError(f"not all processes ended in good order\n{ends}\nlogs: {self.logs}")
+
+    async def kill_all(self) -> None:
+        """SIGKILL to every process that is left; returns when they are gone."""
+        for name in list(self._supervisors):
+            await self._unsupervise(name)
+        await asyncio.gather(*(child.end(0) for child in self._children.values()))
+
+    async def wait_all_ended(self) -> None:
+        """Until no process is left that runs or will be started again."""
+        await asyncio.gather(*self._supervisors.values(), return_exceptions=True)
+
+    async def _end(self, member: _Member) -> None:
+        child = self._children.get(member.name)
+        if child is not None and child.returncode is None:
+            self._tell(member, "stopping")
+            await child.end(self._drain_seconds + KILL_AFTER_DRAIN_SECONDS)
+            self._tell(member, "ended", child.how_it_ended())
+
+    async def _launch(self, member: _Member) -> None:
+        self._tell(member, "starting")
+        child = await Child.start(
+            member.name,
+            self._arguments(member),
+            log=self.logs / f"{member.name}.log",
+            environment=self._environment,
+            timeout=READY_SECONDS,
+        )
+        self._children[member.name] = child
+        self._addresses[member.name] = child.address
+        self._tell(member, "ready", child.address)
+
+    def _arguments(self, member: _Member) -> list[str]:
+        settings = self._settings | member.settings
+        if member.role != "coordinator":
+            settings["worker.coordinator"] = self.address("coordinator")
+            settings["frontend.coordinator"] = self.address("coordinator")
+            settings["worker.name"] = member.name
+        if member.role in ("coordinator", "frontend") and member.name in self._addresses:
+            settings["server.port"] = self.address(member.name).rpartition(":")[2]
+        config = ["--config", str(self._config)] if self._config else []
+        sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+        return [member.role, *config, *sets]
+
+    def _supervise(self, member: _Member) -> None:
+        self._supervisors[member.name] = asyncio.create_task(self._watch(member))
+
+    async def _unsupervise(self, name: str) -> None:
+        task = self._supervisors.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, member: _Member) -> None:
+        """Sees a process die, and brings it back if that is wanted."""
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            child, since = self._children[member.name], time.monotonic()
+            await child.wait()
+            if not self._restart:
+                self._tell(member, "died", child.how_it_ended())
+                return
+            if time.monotonic() - since > STEADY_SECONDS:
+                backoff = FIRST_BACKOFF_SECONDS
+            detail = f"{child.how_it_ended()}; starts again in {backoff:g} s"
+            self._tell(member, "died", detail)
+            while True:
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+                try:
+                    await self._launch(member)
+                    break
+                except ChildFailedError as error:
+                    again = f"{str(error).splitlines()[0]}; again in {backoff:g} s"
+                    self._tell(member, "died", again)
+
+    def _settle(self, workers: int) -> float:
+        """Splits the CPU among the workers unless told otherwise; returns the drain's length.
+
+        Raises SettingsError, before any process is started.
+        """
+        environment = os.environ if self._environment is None else self._environment
+        flags = [Given(k, v, f"--set {k}={v}") for k, v in self._settings.items()]
+        worker, _ = load(WorkerProcess, self._config, environment, flags)
+        if worker.engine.threads == 0:
+            self._settings["engine.threads"] = str(max(1, cpus() // max(1, workers)))
+        return worker.server.drain_seconds
+
+    def _tell(self, member: _Member, phase: str, detail: str = "") -> None:
+        self._on_event(Event(member.name, phase, detail))
+
+
+def cpus() -> int:
+    """CPUs this process may run on."""
+    with contextlib.suppress(AttributeError):  # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,171 @@
+"""`tandem demo`: the whole system once, with a real model, and the proof of what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.ask import answer, to_terminal
+from cli.cluster import Event, LocalCluster
+from cli.output import INTERRUPTED, CommandError
+from cli.up import started, unless
+from cli.view import duration, size
+from services.runtime.client import Ask, Client, End, Piece, Turn
+from services.runtime.process import Stop
+
+PROMPT = "What is the capital of Japan?"
+EXPECTED = "Tokyo"
+
+FOR_A_SHORT_PROMPT = {
+    # Small blocks, so that a question of some thirty tokens fills one that can be reused...
+    "engine.block_tokens": "16",
+    # ...and every prompt goes to a prefill worker; short ones would stay on the decode worker.
+    "coordinator.local_prefill_tokens": "0",
+}
+
+
+class DemoFailedError(CommandError):
+    """The system ran and did not do what it should."""
+
+
+@dataclass(slots=True)
+class Told:
+    """An answer, and when each of its tokens came: seconds since it was asked for."""
+
+    end: End | None = None
+    text: str = ""
+    arrivals: list[float] = field(default_factory=list)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens, sorted; tokens of one message have none between them."""
+        return sorted(b - a for a, b in itertools.pairwise(self.arrivals))
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What is shown."""
+
+    prompt: str
+    prefill: int
+    decode: int
+    settings: Mapping[str, str]
+    config: Path | None
+    keep: bool
+
+
+async def demo(show: Show, stop: Stop) -> int:
+    """Runs it, and returns the exit status.
+
+    Raises DemoFailedError, ClusterError, SettingsError, CallFailedError.
+    """
+    console = Console(highlight=False)
+    settings = FOR_A_SHORT_PROMPT | dict(show.settings)
+    chosen = ", ".join(f"{key}={settings[key]}" for key in FOR_A_SHORT_PROMPT)
+    console.print(f"Set for a short prompt: {chosen}", style="dim")
+    cluster = LocalCluster(
+        prefill=show.prefill,
+        decode=show.decode,
+        settings=settings,
+        config=show.config,
+        on_event=lambda event: _print_event(console, event),
+    )
+    if not await started(cluster, stop):
+        return INTERRUPTED
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(cluster.__aexit__)
+        told = await unless(stop, _ask_twice(console, cluster, show.prompt))
+        if told is None:
+            return INTERRUPTED
+        _check(show, *told)
+        if show.keep:
+            address = cluster.address("frontend")
+            console.print(f"\nIt stays up: tandem chat --address {address}\nCtrl-C ends it.")
+            await stop.wait()
+    shutil.rmtree(cluster.logs, ignore_errors=True)
+    console.print("All processes have ended.", style="dim")
+    return 0
+
+
+async def _ask_twice(console: Console, cluster: LocalCluster, prompt: str) -> tuple[Told, Told]:
+    async with Client(cluster.address("frontend")) as client:
+        console.print(f"\n> {prompt}", style="bold", markup=False)
+        first = await _ask(client, prompt)
+        console.print("\n\n> (the same again)", style="bold")
+        again = await _ask(client, prompt)
+    console.print("\n")
+    console.print(_table(first, again))
+    return first, again
+
+
+async def _ask(client: Client, prompt: str) -> Told:
+    told = Told()
+    start = time.perf_counter()
+
+    def see(piece: Piece) -> None:
+        told.text += piece.text
+        told.arrivals += [time.perf_counter() - start] * len(piece.token_ids)
+        to_terminal(piece.text)
+
+    ask = Ask([Turn("user", prompt)], sampling={"temperature": 0.0, "max_tokens": 64})
+    told.end = await answer(client, ask, see)
+    return told
+
+
+def _check(show: Show, first: Told, again: Told) -> None:
+    """Raises DemoFailedError unless disaggregation did what the demo is there to show."""
+    if show.prompt == PROMPT and EXPECTED not in first.text:
+        raise DemoFailedError(f"the answer does not name {EXPECTED}")
+    if show.prefill and not _moved(first):
+        raise DemoFailedError("no KV moved from the prefill worker to the decode worker")
+    if again.end is None or again.end.cached_tokens == 0:
+        raise DemoFailedError("the same prompt asked again found nothing cached")
+
+
+def _moved(told: Told) -> int:
+    return sum(a.kv_bytes for a in told.end.attempts) if told.end else 0
+
+
+def _table(first: Told, again: Told) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("first")
+    table.add_column("again")
+    for (name, one), (_, other) in zip(_figures(first), _figures(again), strict=True):
+        table.add_row(name, one, other)
+    return table
+
+
+def _figures(told: Told) -> Iterator[tuple[str, str]]:
+    end, gaps = told.end, told.gaps
+    assert end is not None
+    last = end.attempts[-1]
+    yield "time to first token (TTFT)", duration(told.arrivals[0]) if told.arrivals else "-"
+    if gaps:
+        yield "between tokens (ITL), mean", duration(sum(gaps) / len(gaps))
+        yield "between tokens (ITL), p99", duration(gaps[math.ceil(0.99 * len(gaps)) - 1])
+        yield "tokens/s after the first", f"{len(gaps) / sum(gaps):.1f}" if sum(gaps) else "-"
+    else:
+        yield from ((name, "-") for name in ("ITL mean", "ITL p99", "tokens/s"))
+    yield "tokens generated", str(end.completion_tokens)
+    yield "prompt tokens", str(end.prompt_tokens)
+    yield "of them cached", str(end.cached_tokens)
+    yield "prefill worker", last.prefill_worker or "-"
+    yield "decode worker", last.decode_worker
+    yield "KV moved", f"{size(last.kv_bytes)} in {last.kv_blocks} blocks"
+    yield "transport", last.transport or "-"
+    yield "transfer took", duration(last.kv_seconds)
+    yield "of it exposed after prefill", duration(last.exposed_seconds)
+
+
+def _print_event(console: Console, event: Event) -> None:
+    console.print(f"{event.process:12} {event.phase:9} {event.detail}", style="dim")

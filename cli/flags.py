@@ -1,0 +1,84 @@
+"""Flags of the command line as settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from services.runtime.client import Ask, Turn
+from services.runtime.load import CONFIG_VARIABLE, Given, load, parse_flag
+from services.runtime.server import EVERYWHERE
+from services.runtime.settings import CoordinatorProcess, FrontendProcess
+
+COORDINATOR_KEY = {"frontend": "frontend.coordinator"}
+"""The setting that names the coordinator, where it is not worker.coordinator."""
+
+
+def given(sets: Iterable[str], **named: tuple[str, str | int | None]) -> list[Given]:
+    """`--set` flags, then named ones: `port=("server.port", 7400)`; None was not given."""
+    flags = [parse_flag(text) for text in sets]
+    for name, (key, value) in named.items():
+        if value is not None:
+            flags.append(Given(key, value, f"--{name}"))
+    return flags
+
+
+def model(text: str | None) -> list[Given]:
+    """`--model`: a name, or a path (it has a slash, ends in .gguf, or is a folder here)."""
+    if text is None:
+        return []
+    path = Path(text)
+    if os.sep in text or path.suffix == ".gguf" or path.is_dir():
+        full = path.expanduser().resolve()
+        name = full.stem if full.suffix == ".gguf" else full.name
+        return [
+            Given("model.path", str(full), "--model"),
+            Given("model.name", name.lower(), "--model"),
+        ]
+    return [Given("model.name", text, "--model")]
+
+
+def addresses(file: Path | None, environment: Mapping[str, str]) -> tuple[str, str]:
+    """host:port of the frontend and of the coordinator, as the settings have them."""
+    settings, _ = load(FrontendProcess, config(file, environment), environment)
+    server = settings.server
+    host = "127.0.0.1" if server.host in EVERYWHERE else server.host
+    return server.advertise or f"{host}:{server.port}", settings.frontend.coordinator
+
+
+def texts(sets: Iterable[str], model_name: str | None, engine: str | None) -> dict[str, str]:
+    """`--set`, `--model` and `--engine` as a cluster passes them on to its processes."""
+    flags = [*given(sets, engine=("engine.kind", engine)), *model(model_name)]
+    return {flag.key: str(flag.value) for flag in flags}
+
+
+def ports(file: Path | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Of frontend and coordinator, as the settings have them."""
+    frontend, _ = load(FrontendProcess, file, environment)
+    coordinator, _ = load(CoordinatorProcess, file, environment)
+    return frontend.server.port, coordinator.server.port
+
+
+def ask(
+    turns: Sequence[tuple[str, str | None]] | None,
+    prompt: str,
+    model_name: str | None,
+    stop: Sequence[str],
+    **sampling: float | int | None,
+) -> Ask:
+    """A request: a chat, or the prompt as it is where `turns` is None."""
+    return Ask(
+        chat=[Turn(role, text) for role, text in turns or () if text is not None],
+        prompt=prompt,
+        model=model_name or "",
+        sampling={name: value for name, value in sampling.items() if value is not None},
+        stop=stop,
+    )
+
+
+def config(file: Path | None, environment: Mapping[str, str]) -> Path | None:
+    """The settings file: `--config`, else TANDEM_CONFIG, else none."""
+    if file is None and environment.get(CONFIG_VARIABLE):
+        return Path(environment[CONFIG_VARIABLE])
+    return file

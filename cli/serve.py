@@ -1,0 +1,59 @@
+"""`tandem serve`: one process of a cluster."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from services.runtime import log, process
+from services.runtime.errors import StatusError
+from services.runtime.load import Given, load
+from services.runtime.server import ListenError
+from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
+
+PROCESSES: dict[str, type[BaseModel]] = {
+    "coordinator": CoordinatorProcess,
+    "frontend": FrontendProcess,
+    "prefill": WorkerProcess,
+    "decode": WorkerProcess,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What a process that was started by `tandem up` knows of it."""
+
+    ready_fd: int | None = None
+    pid: int | None = None
+
+
+def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Parent) -> int:
+    """Runs one process until a signal ends it; returns its exit status. Raises SettingsError."""
+    if parent.pid is not None:
+        process.die_with_parent(parent.pid)
+    settings, _ = load(PROCESSES[role], file, os.environ, flags)
+    name = getattr(getattr(settings, "worker", None), "name", "") or role
+    log.configure(settings.log, name)  # type: ignore[attr-defined]
+    app = importlib.import_module(f"services.{role}.app")
+
+    def ready(address: str) -> None:
+        logging.getLogger(__name__).info("ready at %s", address)
+        if parent.ready_fd is not None:
+            process.notify_ready(parent.ready_fd, address)
+
+    async def main(stop: process.Stop) -> None:
+        await app.serve(settings, ready=ready, stop=stop)
+
+    try:
+        return process.run(main)
+    except Exception as error:
+        if isinstance(error, (ListenError, StatusError)):
+            raise  # the command says it in its own words
+        logging.getLogger(__name__).exception("%s ends because of an unexpected error", name)
+        return 1

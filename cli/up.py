@@ -1,0 +1,211 @@
+"""`tandem up`: a whole cluster on this machine, watched until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from cli import view
+from cli.cluster import ClusterError, Event, LocalCluster
+from cli.output import INTERRUPTED
+from services.runtime.client import CallFailedError, Client, Status
+from services.runtime.process import Stop
+
+T = TypeVar("T")
+
+LIVE_SECONDS = 0.5
+PLAIN_SECONDS = 10.0
+
+_STYLES = {"ready": "green", "died": "bold red", "ended": "dim"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to start; see LocalCluster."""
+
+    prefill: int
+    decode: int
+    settings: Mapping[str, str]
+    config: Path | None
+    port: int
+    coordinator_port: int
+    restart: bool
+    logs: Path | None
+
+
+class Screen(Protocol):
+    """Where a running cluster is shown."""
+
+    period: float
+    """Seconds between two calls of show()."""
+
+    def event(self, event: Event) -> None:
+        """Something happened to a process."""
+
+    def say(self, words: str) -> None:
+        """Something a person should know."""
+
+    def show(self, status: Status | str) -> None:
+        """How the cluster does now, or why that is not known."""
+
+
+class PlainScreen:
+    """Lines, for pipes and logs."""
+
+    period = PLAIN_SECONDS
+
+    def event(self, event: Event) -> None:
+        """A line that stays."""
+        print(f"{event.process}: {event.phase} {event.detail}".rstrip(), flush=True)
+
+    def say(self, words: str) -> None:
+        """Words that stay."""
+        print(words, flush=True)
+
+    def show(self, status: Status | str) -> None:
+        """A line."""
+        print(status if isinstance(status, str) else view.summary(status), flush=True)
+
+
+class LiveScreen:
+    """Events scroll; below them stands a table that is kept current."""
+
+    period = LIVE_SECONDS
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def event(self, event: Event) -> None:
+        """A line that stays."""
+        line = Text.assemble(
+            (f"{event.process:14}", "bold"),
+            (f"{event.phase:9}", _STYLES.get(event.phase, "")),
+            event.detail,
+        )
+        self._live.console.print(line)
+
+    def say(self, words: str) -> None:
+        """Words that stay."""
+        self._live.console.print(words, markup=False, highlight=False)
+
+    def show(self, status: Status | str) -> None:
+        """In place of what was shown before."""
+        body = Text(status, style="yellow") if isinstance(status, str) else view.cluster(status)
+        self._live.update(Group(Text(), body))
+
+
+async def up(plan: Plan, stop: Stop) -> int:
+    """Starts, watches until `stop` is set, drains, ends, and returns the exit status.
+
+    Raises ClusterError, SettingsError.
+    """
+    console = Console()
+    if not console.is_terminal:
+        return await _run(plan, stop, PlainScreen())
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        return await _run(plan, stop, LiveScreen(live))
+
+
+async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
+    with _folder(plan.logs) as logs:
+        cluster = LocalCluster(
+            prefill=plan.prefill,
+            decode=plan.decode,
+            settings=plan.settings,
+            config=plan.config,
+            frontend_port=plan.port,
+            coordinator_port=plan.coordinator_port,
+            restart=plan.restart,
+            logs=logs,
+            on_event=screen.event,
+        )
+        screen.say(f"logs: {logs}")
+        if not await started(cluster, stop):
+            screen.say("ended before it was ready")
+            return INTERRUPTED
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_exit(cluster.__aexit__)
+            screen.say(_welcome(cluster))
+            await _watch(cluster, stop, screen)
+            screen.say("draining; Ctrl-C again ends at once")
+    return 0
+
+
+async def unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns; None, and it is cancelled, if `stop` is set before."""
+    working = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        stopping.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+async def started(cluster: LocalCluster, stop: Stop) -> bool:
+    """Starts a cluster unless `stop` is set first; then no process is left and it is False."""
+
+    async def start() -> bool:
+        await cluster.start()
+        return True
+
+    return bool(await unless(stop, start()))
+
+
+async def _watch(cluster: LocalCluster, stop: Stop, screen: Screen) -> None:
+    all_ended = asyncio.create_task(cluster.wait_all_ended())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        async with Client(cluster.address("frontend"), cluster.address("coordinator")) as client:
+            while not stopping.done():
+                screen.show(await _status(client))
+                await asyncio.wait(
+                    {stopping, all_ended},
+                    timeout=screen.period,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if all_ended.done() and not stopping.done():
+                    raise ClusterError("every process has ended")
+    finally:
+        stopping.cancel()
+        all_ended.cancel()
+
+
+async def _status(client: Client) -> Status | str:
+    try:
+        return await client.status()
+    except CallFailedError as error:
+        return f"the coordinator does not answer: {error.message}"
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    """Where the logs go: the folder given, or one that is removed if all goes well."""
+    if given is not None:
+        yield given
+        return
+    folder = Path(tempfile.mkdtemp(prefix="tandem-logs-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _welcome(cluster: LocalCluster) -> str:
+    return (
+        f"Tandem is up: frontend {cluster.address('frontend')}, "
+        f"coordinator {cluster.address('coordinator')}\n"
+        f"ask it:  tandem chat --address {cluster.address('frontend')}\n"
+        "end it:  Ctrl-C"
+    )

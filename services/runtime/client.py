@@ -1,0 +1,279 @@
+"""A small client of a cluster: ask, stream, see what is there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from services.runtime.channels import Channels
+from services.runtime.errors import from_rpc
+from tandem.common.v1 import common_pb2
+from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
+from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
+
+CALL_SECONDS = 10.0
+"""Deadline of calls that answer at once."""
+
+
+class CallFailedError(Exception):
+    """A call failed. `reason` is empty when no Tandem server was there to give one."""
+
+    def __init__(self, address: str, code: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.address = address
+        self.code = code
+        self.reason = reason
+        self.message = message
+
+    @property
+    def unreachable(self) -> bool:
+        """No server answered at all."""
+        return not self.reason and self.code == "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request. Exactly one of `chat` and `prompt`; sampling left out takes the server's defaults.
+
+    `sampling` has the fields of SamplingParams in common.proto.
+    """
+
+    chat: Sequence[Turn] = ()
+    prompt: str = ""
+    model: str = ""
+    sampling: dict[str, float | int | bool] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One placement; fields as RouteAttempt and KvReport."""
+
+    prefill_worker: str
+    decode_worker: str
+    reasons: tuple[str, ...]
+    tokens: int
+    failure: str
+    transport: str
+    kv_bytes: int
+    kv_blocks: int
+    kv_seconds: float
+    exposed_seconds: float
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What the last message of an answer says. Times are the frontend's, in seconds."""
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    ttft_seconds: float
+    total_seconds: float
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer. `model` and `seed` are set in the first one, `end` in the last."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    model: str = ""
+    seed: int = 0
+    end: End | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker as the coordinator sees it; fields as WorkerInfo and WorkerStats."""
+
+    worker_id: str
+    role: str
+    model: str
+    address: str
+    pid: int
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    held_blocks: int
+    total_blocks: int
+    leases: int
+    finished: int
+    step_seconds: float
+    kv_bytes: dict[str, int]
+    draining: bool
+    silent_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The cluster as its coordinator sees it."""
+
+    workers: tuple[Worker, ...]
+    queued: int
+    placed: int
+    refused: dict[str, int]
+    uptime_seconds: float
+
+
+class Client:
+    """An async context manager. Every method raises CallFailedError."""
+
+    def __init__(self, address: str, coordinator: str = "") -> None:
+        self.address = address
+        self.coordinator = coordinator
+        self._channels = Channels()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        await self._channels.close()
+
+    async def stream(self, ask: Ask, timeout: float | None = None) -> AsyncGenerator[Piece, None]:
+        """Yields the answer as it comes. Closing the iterator cancels the request."""
+        stub = inference_pb2_grpc.InferenceServiceStub(self._channels.get(self.address))
+        request = inference_pb2.StreamGenerateRequest(request=_request(ask))
+        call = stub.StreamGenerate(request, timeout=timeout)
+        try:
+            with _failures(self.address):
+                async for message in call:
+                    yield _piece(message)
+        finally:
+            call.cancel()
+
+    async def models(self) -> list[str]:
+        """Names of the models served."""
+        stub = inference_pb2_grpc.InferenceServiceStub(self._channels.get(self.address))
+        with _failures(self.address):
+            answer = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=CALL_SECONDS)
+        return [model.name for model in answer.models]
+
+    async def status(self) -> Status:
+        """The coordinator's view."""
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(self.coordinator))
+        with _failures(self.coordinator):
+            answer = await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=CALL_SECONDS)
+        return Status(
+            workers=tuple(_worker(worker) for worker in answer.workers),
+            queued=answer.queued,
+            placed=answer.placed,
+            refused=dict(answer.refused),
+            uptime_seconds=answer.uptime_seconds,
+        )
+
+
+@contextmanager
+def _failures(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        known = from_rpc(error)
+        reason = known.reason if known else ""
+        message = error.details() or error.code().name
+        raise CallFailedError(address, error.code().name, reason, message) from None
+
+
+def _request(ask: Ask) -> inference_pb2.GenerateRequest:
+    request = inference_pb2.GenerateRequest(
+        model=ask.model,
+        stop=ask.stop,
+        sampling=_sampling(ask.sampling),
+    )
+    if ask.chat:
+        turns: Iterable[inference_pb2.ChatMessage] = (
+            inference_pb2.ChatMessage(role=t.role, content=t.content) for t in ask.chat
+        )
+        request.chat.messages.extend(turns)
+    else:
+        request.prompt = ask.prompt
+    return request
+
+
+def _sampling(fields: dict[str, float | int | bool]) -> common_pb2.SamplingParams:
+    sampling = common_pb2.SamplingParams()
+    for name, value in fields.items():
+        setattr(sampling, name, value)
+    return sampling
+
+
+def _piece(message: inference_pb2.StreamGenerateResponse) -> Piece:
+    end = None
+    if message.finish_reason:
+        reason = common_pb2.FinishReason.Name(message.finish_reason)
+        end = End(
+            finish_reason=reason.removeprefix("FINISH_REASON_").lower(),
+            prompt_tokens=message.usage.prompt_tokens,
+            completion_tokens=message.usage.completion_tokens,
+            cached_tokens=message.usage.cached_tokens,
+            ttft_seconds=message.route.ttft_seconds,
+            total_seconds=message.route.total_seconds,
+            attempts=tuple(_attempt(a) for a in message.route.attempts),
+        )
+    return Piece(message.text, tuple(message.token_ids), message.model, message.seed, end)
+
+
+def _attempt(a: inference_pb2.RouteAttempt) -> Attempt:
+    return Attempt(
+        prefill_worker=a.prefill_worker,
+        decode_worker=a.decode_worker,
+        reasons=tuple(a.reasons),
+        tokens=a.tokens,
+        failure=a.failure,
+        transport=a.kv.transport,
+        kv_bytes=a.kv.bytes,
+        kv_blocks=a.kv.blocks,
+        kv_seconds=a.kv.seconds,
+        exposed_seconds=a.kv.exposed_seconds,
+        computed_tokens=a.kv.computed_tokens,
+    )
+
+
+def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
+    info, stats = worker.info, worker.stats
+    role = coordinator_pb2.WorkerRole.Name(info.role)
+    return Worker(
+        worker_id=info.worker_id,
+        role=role.removeprefix("WORKER_ROLE_").lower(),
+        model=info.model,
+        address=info.address,
+        pid=info.pid,
+        running=stats.running,
+        waiting=stats.waiting,
+        free_blocks=stats.free_blocks,
+        cached_blocks=stats.cached_blocks,
+        held_blocks=stats.held_blocks,
+        total_blocks=info.total_blocks,
+        leases=stats.leases,
+        finished=stats.finished,
+        step_seconds=stats.step_seconds,
+        kv_bytes=dict(stats.kv_bytes),
+        draining=worker.draining,
+        silent_seconds=worker.silent_seconds,
+    )
