@@ -14,7 +14,11 @@ import grpc
 from services.coordinator import wire
 from services.coordinator.core import messages as m
 from services.coordinator.core.core import Core
-from services.runtime.errors import DrainingError, InvalidRequestError, WorkerLostError
+from services.runtime.errors import (
+    CoordinatorUnavailableError,
+    InvalidRequestError,
+    WorkerLostError,
+)
 from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
 
@@ -192,5 +196,5 @@ class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):
             stream.out.put_nowait(end)
 
 
-def _stopping() -> DrainingError:
-    return DrainingError("the coordinator is shutting down", retry_seconds=0.5)
+def _stopping() -> CoordinatorUnavailableError:
+    return CoordinatorUnavailableError("the coordinator is shutting down", retry_seconds=0.5)
