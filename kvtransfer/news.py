@@ -1,0 +1,53 @@
+"""What changed in the set of cached keys since its one consumer last asked. Books only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEvents:
+    """Changes of the set of cached keys; with `snapshot`, `stored` is the whole of it."""
+
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    snapshot: bool = False
+
+
+class ChangeLog:
+    """The net change of each key, so that a slow consumer costs memory for keys, not for events.
+
+    When more than `limit` keys changed, or nobody ever asked, the next answer is a snapshot.
+    Not thread-safe; its owner serializes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._changes: dict[bytes, bool] | None = None
+
+    def note(self, keys: Iterable[bytes], *, stored: bool) -> None:
+        """Keys were stored, or removed."""
+        if self._changes is None:
+            return
+        for key in keys:
+            if self._changes.get(key, stored) is not stored:
+                del self._changes[key]  # It came and went, or went and came.
+            else:
+                self._changes[key] = stored
+        if len(self._changes) > self._limit:
+            self._changes = None
+
+    def restart(self) -> None:
+        """The next answer is a snapshot."""
+        self._changes = None
+
+    def drain(self, everything: Callable[[], Iterable[bytes]]) -> StoreEvents:
+        """The changes, once; `everything` gives all keys for a snapshot."""
+        changes, self._changes = self._changes, {}
+        if changes is None:
+            return StoreEvents(stored=tuple(everything()), snapshot=True)
+        return StoreEvents(
+            stored=tuple(k for k, stored in changes.items() if stored),
+            removed=tuple(k for k, stored in changes.items() if not stored),
+        )

@@ -1,0 +1,431 @@
+"""A worker's KV blocks: the memory, the books of it, and what fetches may read of it.
+
+One lock guards pool, leases, events and watches; each call holds it for microseconds and never
+while it computes a checksum or wakes anyone. Callers are the engine's thread, which writes blocks,
+and the event loop, which serves fetches.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvtransfer.layout import KvLayout
+from kvtransfer.leases import LeaseState, LeaseTable
+from kvtransfer.memory import NONCE_BYTES, Segment
+from kvtransfer.news import ChangeLog, StoreEvents
+from kvtransfer.pieces import Piece, PieceGrid
+from kvtransfer.pool import BlockPool
+from kvtransfer.watches import Watch, WatchTable, lost
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """The pool's books at one moment, in blocks: free + cached + held = total."""
+
+    total: int
+    free: int
+    cached: int
+    held: int
+    leases: int
+    evicted: int
+    """Cached blocks evicted since the start."""
+    expired: int
+    """Leases that expired since the start."""
+    watches: int
+    """Fetches being served."""
+
+
+class KvStore:
+    """`blocks` blocks of one layout. Thread-safe.
+
+    `memory` is uint8 [blocks, layout.block_bytes], the segment itself: the engine writes into it,
+    transports read from it. A block's bytes may be written only by who holds a reference on it,
+    and not once it is committed or under a lease.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        blocks: int,
+        *,
+        layers_per_piece: int,
+        clock: Callable[[], float] = time.monotonic,
+        nonce: bytes | None = None,
+    ) -> None:
+        self.layout = layout
+        self.total_blocks = blocks
+        self.grid = PieceGrid(layout.layers, layers_per_piece)
+        self.layers_per_piece = layers_per_piece
+        self.segment = Segment(
+            blocks * layout.block_bytes, nonce or secrets.token_bytes(NONCE_BYTES)
+        )
+        self.memory: NDArray[np.uint8] = self.segment.data.reshape(blocks, layout.block_bytes)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pool = BlockPool(blocks)
+        self._leases = LeaseTable()
+        self._watches = WatchTable()
+        self._ready = [0] * blocks
+        self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
+        self._log = ChangeLog(limit=2 * blocks + 1024)
+        self._expired = 0
+        self._listeners: list[Callable[[], None]] = []
+
+    # Blocks
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest cached prefix of `keys`; takes one reference on each."""
+        with self._lock:
+            return self._pool.match(keys)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each, all or none.
+
+        Evicts the least recently used cached blocks if it must. Raises OutOfBlocksError.
+        """
+        with self._lock:
+            blocks, removed = self._pool.allocate(count)
+            for block in blocks:
+                self._ready[block] = 0
+            self._log.note(removed, stored=False)
+        if removed:
+            self._changed()
+        return blocks
+
+    def retain(self, blocks: Sequence[int]) -> None:
+        """One more reference on each. Raises ValueError if one is not held."""
+        with self._lock:
+            self._pool.retain(blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One reference less on each: committed blocks stay cached. Raises ValueError."""
+        with self._lock:
+            freed = self._pool.release(blocks)
+        if freed:
+            self._changed()
+
+    def available(self) -> int:
+        """Blocks that allocate() can give."""
+        with self._lock:
+            return self._pool.available
+
+    # Content
+
+    def begin(self, block: int, key: bytes) -> None:
+        """The block is going to hold `key`, of a full or a partial block.
+
+        Raises ValueError if it is not held, or if others rely on what it has.
+        """
+        with self._lock:
+            unkeyed, generation = self._pool.key(block) is None, self._pool.generation(block)
+            removed = self._pool.begin(block, key)
+            if unkeyed or self._pool.generation(block) != generation:
+                self._ready[block] = 0
+            if removed is not None:
+                self._log.note([removed], stored=False)
+        if removed is not None:
+            self._changed()
+
+    def piece_done(self, block: int, first_layer: int, layers: int) -> None:
+        """The bytes of a layer range, one or more whole pieces, are final from now on.
+
+        Computes checksums, makes the pieces readable and wakes the fetches that wait for them.
+        Raises ValueError if the block was not begun or the range is not whole pieces.
+        """
+        indices = self.grid.indices(first_layer, layers)
+        self.pieces_verified(block, indices, [self._checksum(block, i) for i in indices])
+
+    def pieces_verified(self, block: int, indices: Iterable[int], checksums: Iterable[int]) -> None:
+        """piece_done for who has just computed the checksums over these very bytes."""
+        with self._lock:
+            if self._pool.key(block) is None:
+                raise ValueError(f"block {block} was not begun")
+            woken: list[Watch] = []
+            for index, value in zip(indices, checksums, strict=True):
+                if self._ready[block] >> index & 1:
+                    continue
+                self._checksums[block, index] = value
+                self._ready[block] |= 1 << index
+                more = self._ready[block] != self.grid.all
+                woken += self._watches.piece(block, partial(self._piece, block, index), more=more)
+            wakes = _disarm(woken)
+        _call(wakes)
+
+    def commit(self, block: int) -> bool:
+        """A full block, all pieces done, enters the prefix index.
+
+        False if another block has the key already: then this one stays private, which is no error.
+        Raises ValueError if pieces are missing.
+        """
+        with self._lock:
+            if self._ready[block] != self.grid.all:
+                raise ValueError(f"block {block} is not complete")
+            entered = self._pool.commit(block)
+            key = self._pool.key(block)
+            if entered and key is not None:
+                self._log.note([key], stored=True)
+        if entered:
+            self._changed()
+        return entered
+
+    def seal(self, block: int, key: bytes) -> bool:
+        """begin, all pieces done, commit: for a block that decoding has filled."""
+        self.begin(block, key)
+        self.piece_done(block, 0, self.layout.layers)
+        return self.commit(block)
+
+    # Leases
+
+    def open_lease(self, lease_id: str, seconds: float) -> bool:
+        """A prompt was accepted whose blocks will be fetched. False if the lease ended already.
+
+        It does not expire before lease_complete; then `seconds` after it was last touched.
+        """
+        with self._lock:
+            return self._leases.open(lease_id, seconds, self._clock())
+
+    def lease_add(self, lease_id: str, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Adds held blocks to an open lease, which takes its own references on them.
+
+        Their pieces may be ready, or become so later. A lease that ended takes nothing. Raises
+        ValueError if a block is not held, or was begun with another key.
+        """
+        with self._lock:
+            for block, key in zip(blocks, keys, strict=True):
+                if self._pool.key(block) not in (None, key):
+                    raise ValueError(f"block {block} was begun with another key")
+                if not self._pool.references(block):
+                    raise ValueError(f"block {block} is not held")
+            new = self._leases.add(lease_id, blocks, keys, self._clock())
+            self._pool.retain(new)
+            self._bind(lease_id)
+            wakes = _disarm(self._watches.of(lease_id))
+        _call(wakes)
+
+    def lease_complete(self, lease_id: str) -> None:
+        """Every block is in the lease and final; from now on it can expire.
+
+        Raises ValueError if a block of it lacks pieces. A lease that ended: no matter.
+        """
+        with self._lock:
+            lease = self._leases.live(lease_id)
+            for key, block in lease.blocks.items() if lease else ():
+                if self._pool.key(block) != key or self._ready[block] != self.grid.all:
+                    raise ValueError(f"block {block} of lease {lease_id} is not complete")
+            self._leases.complete(lease_id, self._clock())
+            wakes = _disarm(self._watches.completed(lease_id) if lease else ())
+        _call(wakes)
+
+    def release_lease(self, lease_id: str, why: str = "released") -> bool:
+        """Ends a lease, whoever asks and however often; was it live? `why` completes "it was"."""
+        with self._lock:
+            blocks, wakes = self._end(lease_id, why)
+        _call(wakes)
+        if blocks is not None:
+            self._changed()
+        return blocks is not None
+
+    def touch_lease(self, lease_id: str) -> bool:
+        """The sink was heard of; False if the lease is not live."""
+        with self._lock:
+            return self._leases.touch(lease_id, self._clock())
+
+    def lease_state(self, lease_id: str) -> LeaseState:
+        """Where the lease is in its life."""
+        with self._lock:
+            return self._leases.state(lease_id)
+
+    def expire(self) -> list[str]:
+        """Ends the leases whose time has run out; returns them. For a timer."""
+        wakes: list[Callable[[], None]] = []
+        with self._lock:
+            due = self._leases.due(self._clock())
+            for lease_id in due:
+                wakes += self._end(lease_id, "expired")[1]
+            self._expired += len(due)
+        _call(wakes)
+        if due:
+            self._changed()
+        return due
+
+    # Fetches
+
+    def watch(
+        self, lease_id: str, keys: Sequence[bytes], wake: Callable[[], None], adopt_seconds: float
+    ) -> Watch:
+        """Begins to serve a fetch: `wake` is called, from any thread, when take() has news.
+
+        If nobody opened the lease and all keys are cached, the fetch gets a lease of
+        `adopt_seconds`. Ended by unwatch().
+        """
+        watch = Watch(lease_id, keys, self.grid.count, wake)
+        with self._lock:
+            if self._leases.state(lease_id) is LeaseState.UNKNOWN:
+                self._adopt(lease_id, keys, adopt_seconds)
+            self._watches.add(watch)
+            self._bind(lease_id)
+            why = self._leases.why_ended(lease_id)
+            if why is not None:
+                watch.failure = lost(lease_id, why)
+            elif self._leases.state(lease_id) is LeaseState.COMPLETE:
+                self._watches.completed(lease_id)
+        return watch
+
+    def take(self, watch: Watch, limit: int) -> list[Piece]:
+        """Up to `limit` pieces that became ready; none means that wake() will be called.
+
+        Touches the lease. Raises LeaseLostError or BlocksNotHeldError.
+        """
+        with self._lock:
+            if watch.failure is not None:
+                raise watch.failure
+            self._leases.touch(watch.lease_id, self._clock())
+            pieces = watch.ready[:limit]
+            del watch.ready[:limit]
+            watch.remaining -= len(pieces)
+            watch.armed = not pieces
+            return pieces
+
+    def unwatch(self, watch: Watch) -> None:
+        """A fetch ended, in whatever way. Idempotent."""
+        with self._lock:
+            self._watches.remove(watch)
+
+    # News and proofs
+
+    def events(self) -> StoreEvents:
+        """Changes of the cached keys since the last call. For one consumer.
+
+        The first answer is a snapshot, and so is one after more changes than are worth keeping.
+        """
+        with self._lock:
+            return self._log.drain(self._pool.keys)
+
+    def snapshot(self) -> StoreEvents:
+        """All cached keys; events() then goes on from here."""
+        with self._lock:
+            self._log.restart()
+            return self._log.drain(self._pool.keys)
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back, from any thread, when events() may have news or blocks became available.
+
+        The callback must be quick and not raise. Returns what takes it off again.
+        """
+        self._listeners = [*self._listeners, callback]
+
+        def stop() -> None:
+            self._listeners = [c for c in self._listeners if c is not callback]
+
+        return stop
+
+    def stats(self) -> StoreStats:
+        """Now."""
+        with self._lock:
+            pool = self._pool
+            return StoreStats(
+                total=pool.total,
+                free=pool.free,
+                cached=pool.cached,
+                held=pool.held,
+                leases=len(self._leases),
+                evicted=pool.evicted,
+                expired=self._expired,
+                watches=len(self._watches),
+            )
+
+    def check_integrity(self) -> None:
+        """Proves free + cached + held = total, and that leases hold what they should.
+
+        Raises AssertionError.
+        """
+        with self._lock:
+            self._pool.check_integrity()
+            for block, count in self._leases.held().items():
+                assert self._pool.references(block) >= count, f"block {block} lost a lease's hold"
+            for block in range(self.total_blocks):
+                assert not self._pool.committed(block) or self._ready[block] == self.grid.all, (
+                    f"block {block} is in the index with pieces missing"
+                )
+
+    def close(self) -> None:
+        """Nobody can map the memory any more; arrays on it stay valid."""
+        self.segment.close()
+
+    # All below are called with the lock held.
+
+    def _adopt(self, lease_id: str, keys: Sequence[bytes], seconds: float) -> None:
+        blocks = self._pool.match(keys)
+        if len(blocks) == len(keys):
+            self._leases.adopt(lease_id, seconds, blocks, keys, self._clock())
+        else:
+            self._pool.release(blocks)
+
+    def _bind(self, lease_id: str) -> None:
+        lease = self._leases.live(lease_id)
+        if lease is None:
+            return
+        for watch in self._watches.of(lease_id):
+            for key in watch.unbound & lease.blocks.keys():
+                block, index = lease.blocks[key], watch.indices[key]
+                done = self._ready[block] if self._pool.key(block) == key else 0
+                ready = [
+                    self._piece(block, i, index) for i in range(self.grid.count) if done >> i & 1
+                ]
+                self._watches.bind(watch, key, block, ready, more=done != self.grid.all)
+
+    def _end(self, lease_id: str, why: str) -> tuple[list[int] | None, list[Callable[[], None]]]:
+        blocks = self._leases.end(lease_id, why)
+        if blocks:
+            self._pool.release(blocks)
+        return blocks, _disarm(self._watches.ended(lease_id, why))
+
+    def _piece(self, block: int, index: int, key_index: int) -> Piece:
+        first, layers = self.grid.span(index)
+        return Piece(
+            key_index=key_index,
+            first_layer=first,
+            layers=layers,
+            offset=block * self.layout.block_bytes + first * self.layout.layer_bytes,
+            length=layers * self.layout.layer_bytes,
+            generation=self._pool.generation(block) & 0xFFFFFFFF,
+            checksum=int(self._checksums[block, index]),
+        )
+
+    # And these without.
+
+    def _checksum(self, block: int, index: int) -> int:
+        first, layers = self.grid.span(index)
+        size = self.layout.layer_bytes
+        return checksum(self.memory[block, first * size : (first + layers) * size])
+
+    def _changed(self) -> None:
+        _call(self._listeners)
+
+
+def checksum(data: NDArray[np.uint8]) -> int:
+    """XXH3-64 of contiguous bytes."""
+    return xxhash.xxh3_64_intdigest(data.data)
+
+
+def _disarm(watches: Iterable[Watch]) -> list[Callable[[], None]]:
+    wakes = []
+    for watch in watches:
+        if watch.armed:
+            watch.armed = False
+            wakes.append(watch.wake)
+    return wakes
+
+
+def _call(callbacks: Iterable[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
