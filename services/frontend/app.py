@@ -1,0 +1,72 @@
+"""The frontend process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from services.frontend.coordinator import Coordinator
+from services.frontend.folder import FolderModel
+from services.frontend.live import Cluster
+from services.frontend.model import Model
+from services.frontend.service import Chance, InferenceServicer
+from services.frontend.workers import Workers
+from services.runtime.channels import Channels
+from services.runtime.server import Server
+from services.runtime.settings import FrontendProcess
+from tandem.inference.v1 import inference_pb2_grpc
+
+TEXT_THREADS = 2
+"""For tokenizing and hashing, which let go of the interpreter lock for most of their time."""
+
+SWEEP_SECONDS = 15.0
+
+
+async def serve(
+    settings: FrontendProcess, *, ready: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """Serves until `stop` is set, then lets running requests end for drain_seconds.
+
+    Raises ModelNotFoundError or ListenError before `ready` is called.
+    """
+    model = await asyncio.to_thread(FolderModel, settings.model)
+    await serve_model(model, settings, ready=ready, stop=stop)
+
+
+async def serve_model(
+    model: Model, settings: FrontendProcess, *, ready: Callable[[str], None], stop: asyncio.Event
+) -> None:
+    """serve() for a model that is loaded."""
+    clock = asyncio.get_running_loop().time
+    name = f"frontend-{secrets.token_hex(4)}"
+    channels = Channels()
+    coordinator = Coordinator(settings.frontend.coordinator, channels, name, clock)
+    workers = Workers(channels, name, clock)
+    cluster = Cluster(coordinator, workers, clock, settings.frontend.stall_seconds)
+    chance = Chance(lambda: secrets.token_hex(8), lambda: secrets.randbits(63))
+    with ThreadPoolExecutor(TEXT_THREADS, "text") as texts:
+        servicer = InferenceServicer(model, cluster, settings.frontend, texts, chance)
+        server = Server(settings.server, "frontend")
+        adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
+        server.add(adder, servicer, "tandem.inference.v1.InferenceService")
+        sweeper = asyncio.create_task(_sweep(workers))
+        try:
+            ready(await server.start())
+            await stop.wait()
+        finally:
+            await server.stop(settings.server.drain_seconds)
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+            await workers.close()
+            await coordinator.close()
+            await channels.close()
+
+
+async def _sweep(workers: Workers) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        await workers.close_idle()

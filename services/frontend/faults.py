@@ -1,0 +1,46 @@
+"""What an error of a worker or of the coordinator means for the request it hit."""
+
+from __future__ import annotations
+
+from services.runtime.errors import NoWorkersError, TandemError, by_reason
+
+FINAL = frozenset({"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "DEADLINE"})
+"""Another worker would say the same."""
+
+FULL = frozenset({"ENGINE_OVERLOADED"})
+"""The worker is well, and will do once it has room: the coordinator knows to wait for that."""
+
+SOURCE = frozenset({"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT"})
+"""Said by a decode worker of the prefill worker that it was to fetch from. Where the fault is with
+the two together, one has to go, and a prompt is the cheaper to move."""
+
+
+def is_final(error: TandemError) -> bool:
+    """No other placement can help."""
+    return error.reason in FINAL
+
+
+def excludes(error: TandemError) -> bool:
+    """The worker is not to be used for this request again."""
+    return error.reason not in FULL
+
+
+def blames_source(error: TandemError) -> bool:
+    """A decode worker's error that is about the attempt's prefill worker."""
+    return error.reason in SOURCE
+
+
+def given_up(error: TandemError, attempts: int) -> TandemError:
+    """The last attempt's error, which is now the request's."""
+    message = f"{error.message} (the last of {attempts} placements)"
+    told = by_reason(error.reason, message, {**error.metadata, "attempts": str(attempts)})
+    told.code = error.code
+    return told
+
+
+def no_more_workers(error: TandemError, last: TandemError | None) -> TandemError:
+    """The coordinator's refusal, with what led to it where attempts went before."""
+    if last is None or error.reason != NoWorkersError.reason:
+        return error
+    message = f"{error.message}; the last attempt ended with {last.reason}: {last.message}"
+    return by_reason(error.reason, message, error.metadata)

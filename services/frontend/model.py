@@ -1,0 +1,30 @@
+"""The model whose text this frontend speaks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from services.frontend import text
+from services.frontend.validate import Input
+
+
+class Model(Protocol):
+    """What the frontend needs of a model."""
+
+    @property
+    def name(self) -> str:
+        """As clients ask for it."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Each ends a generation."""
+
+    def encode(self, asked: Input) -> list[int]:
+        """Tokens of a prompt. Thread-safe. Raises InvalidRequestError for an impossible chat."""
+
+    def detokenizer(self) -> text.Detokenizer:
+        """A new one, for one request."""

@@ -1,0 +1,237 @@
+"""What a client may ask: every field checked, every default filled in. Pure.
+
+Paths in errors are those of GenerateRequest ("sampling.top_p", "stop[2]").
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from services.engine.api import Sampling
+from services.runtime.errors import InvalidRequestError, UnknownModelError
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+MAX_ID_CHARACTERS = 128
+
+_ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedSampling:
+    """SamplingParams as the client sent them; None is absent."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Raw text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation: (role, content), oldest first."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt that the client tokenized."""
+
+    token_ids: tuple[int, ...]
+
+
+Input = Prompt | Chat | Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """GenerateRequest as the client sent it."""
+
+    model: str
+    input: Input | None
+    sampling: AskedSampling
+    stop: tuple[str, ...]
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What bounds requests for one model. `context_tokens`: prompt and output together."""
+
+    name: str
+    context_tokens: int
+    vocabulary: int
+    default_max_tokens: int
+
+
+def check_model(asked: str, own: str, served: Iterable[str]) -> None:
+    """The model asked for is `own`, the one whose tokenizer is here. Raises UnknownModelError."""
+    if asked in ("", own):
+        return
+    names = sorted(set(served) & {own}) or [f"none now ({own} when its workers are up)"]
+    raise UnknownModelError(
+        f"model {_cut(asked)!r} is not served; served: {', '.join(names)}",
+        model=_cut(asked),
+        served=", ".join(names),
+    )
+
+
+def check_request_id(request_id: str) -> None:
+    """Letters, digits and "-_.:". Raises InvalidRequestError."""
+    if len(request_id) > MAX_ID_CHARACTERS or not _ID.fullmatch(request_id):
+        allowed = f'at most {MAX_ID_CHARACTERS} letters, digits and "-_.:"'
+        raise InvalidRequestError("request_id", request_id, allowed)
+
+
+def check_input(asked: Input | None, vocabulary: int) -> Input:
+    """There is something to go on. Raises InvalidRequestError."""
+    match asked:
+        case None:
+            raise InvalidRequestError("input", None, "one of prompt, chat and tokens must be set")
+        case Prompt(text):
+            if not text:
+                raise InvalidRequestError("prompt", text, "at least one character")
+        case Chat(messages):
+            if not messages:
+                raise InvalidRequestError("chat.messages", [], "at least one message")
+            for i, (role, _) in enumerate(messages):
+                if not role:
+                    allowed = 'a role of the model\'s chat template, like "user"'
+                    raise InvalidRequestError(f"chat.messages[{i}].role", role, allowed)
+        case Tokens(token_ids):
+            if not token_ids:
+                raise InvalidRequestError("tokens.token_ids", [], "at least one token")
+            _check_vocabulary("tokens.token_ids", token_ids, vocabulary)
+    return asked
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Few and short enough to be watched for. Raises InvalidRequestError."""
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequestError("stop", f"{len(stops)} strings", f"at most {MAX_STOPS} strings")
+    for i, stop in enumerate(stops):
+        if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
+            allowed = f"1 to {MAX_STOP_CHARACTERS} characters, and it has {len(stop)}"
+            raise InvalidRequestError(f"stop[{i}]", stop, allowed)
+
+
+def check_sampling(
+    asked: AskedSampling, limits: ModelLimits, draw_seed: Callable[[], int]
+) -> Sampling:
+    """Sampling with every field set; `draw_seed` gives 64 random bits if the client gave none.
+
+    Raises InvalidRequestError.
+    """
+    max_tokens = asked.max_tokens
+    if max_tokens is None:
+        max_tokens = limits.default_max_tokens
+    if max_tokens < 1:
+        raise InvalidRequestError("sampling.max_tokens", max_tokens, "at least 1")
+    min_tokens = asked.min_tokens or 0
+    if min_tokens > max_tokens:
+        whose = "" if asked.max_tokens is not None else " by default"
+        allowed = f"at most sampling.max_tokens, which is {max_tokens}{whose}"
+        raise InvalidRequestError("sampling.min_tokens", min_tokens, allowed)
+    if asked.logprobs is not None and asked.logprobs > MAX_LOGPROBS:
+        raise InvalidRequestError("sampling.logprobs", asked.logprobs, f"0 to {MAX_LOGPROBS}")
+    _check_vocabulary("sampling.stop_token_ids", asked.stop_token_ids, limits.vocabulary)
+    top_k = asked.top_k or 0
+    return Sampling(
+        temperature=_number("temperature", asked.temperature, 1.0, 0.0, 2.0),
+        top_k=top_k if top_k < limits.vocabulary else 0,
+        top_p=_number("top_p", asked.top_p, 1.0, 0.0, 1.0, above=True),
+        min_p=_number("min_p", asked.min_p, 0.0, 0.0, 1.0),
+        repetition_penalty=_number(
+            "repetition_penalty", asked.repetition_penalty, 1.0, 0.0, 10.0, above=True
+        ),
+        presence_penalty=_number("presence_penalty", asked.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_number("frequency_penalty", asked.frequency_penalty, 0.0, -2.0, 2.0),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop_token_ids=tuple(dict.fromkeys(asked.stop_token_ids)),
+        seed=draw_seed() if asked.seed is None else asked.seed,
+        logprobs=asked.logprobs,
+        ignore_eos=asked.ignore_eos,
+    )
+
+
+def room_for_output(asked: Input, tokens: int, context_tokens: int) -> int:
+    """Tokens that the context window leaves after a prompt of `tokens`, at least 1.
+
+    Raises InvalidRequestError if the prompt is empty or leaves none.
+    """
+    match asked:
+        case Chat():
+            field = "chat"
+        case Tokens():
+            field = "tokens.token_ids"
+        case Prompt():
+            field = "prompt"
+    if tokens == 0:
+        raise InvalidRequestError(field, "0 tokens", "it must come to at least one token")
+    if tokens >= context_tokens:
+        allowed = (
+            f"at most {context_tokens - 1} tokens, as the context window of {context_tokens} "
+            "holds prompt and output"
+        )
+        raise InvalidRequestError(field, f"{tokens} tokens", allowed)
+    return context_tokens - tokens
+
+
+def _number(
+    name: str, value: float | None, default: float, low: float, high: float, *, above: bool = False
+) -> float:
+    """A finite number in [low, high], or (low, high] with `above`."""
+    if value is None:
+        return default
+    # NaN fails the first comparison, infinities one of the bounds.
+    if not low <= value <= high or (above and value == low):
+        allowed = f"above {low:g}, at most {high:g}" if above else f"{low:g} to {high:g}"
+        raise InvalidRequestError(f"sampling.{name}", _shortest(value), allowed)
+    return value
+
+
+def _check_vocabulary(field: str, token_ids: Sequence[int], vocabulary: int) -> None:
+    if max(token_ids, default=0) < vocabulary:
+        return
+    for i, token_id in enumerate(token_ids):
+        if token_id >= vocabulary:
+            allowed = f"0 to {vocabulary - 1}, the model's vocabulary"
+            raise InvalidRequestError(f"{field}[{i}]", token_id, allowed)
+
+
+def _shortest(value: float) -> float:
+    """What the client wrote: the shortest decimal that is the same float32 (2.1, not 2.0999999)."""
+    if not math.isfinite(value):
+        return value
+    for digits in range(1, 10):
+        text = f"{value:.{digits}g}"
+        if struct.pack("f", float(text)) == struct.pack("f", value):
+            return float(text)
+    return value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
