@@ -1,0 +1,250 @@
+"""Kernels that go row by row: residual and RMSNorm, SiLU gate, rotary embedding and KV write."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import njit
+
+from services.engine.torch.kernels.formats import (
+    BFLOAT16,
+    FLOAT32,
+    FP8_LARGEST,
+    SIZES,
+    load_values,
+    power_of_two,
+    store_values,
+    to_bfloat16,
+    to_fp8,
+)
+from services.engine.torch.kernels.simd import (
+    LANES,
+    absolute,
+    add,
+    divide,
+    fetch_add,
+    float_bits,
+    fma,
+    if_less,
+    larger,
+    largest_lane,
+    load_f32,
+    multiply,
+    peek_i32,
+    peek_i64,
+    poke_f32,
+    splat_f32,
+    store_f32,
+    store_u8,
+    store_u16,
+    subtract,
+    sum_lanes,
+    unpack,
+)
+from services.engine.torch.kernels.team import entry
+
+# Rows a thread takes at a time: enough to hide the atomic addition.
+TAKE = 4
+
+NORMALIZE = ("rows", "width", "kind", "epsilon", "state", "delta", "weight", "out", "pick")
+_normalize_arguments = unpack(len(NORMALIZE) + 1)
+
+
+@entry
+def normalize(arguments: int) -> None:
+    """State += delta; out = state / rms(state) * weight, for every row.
+
+    state float32 [rows, width]; delta, out [rows, width] of `kind` (FLOAT32 or BFLOAT16); weight
+    float32 [width]; epsilon the bits of a float32. delta may be 0: nothing is added. If pick,
+    int32 [rows], is not 0, row i of out is of row pick[i] of state and delta, and state stays.
+    """
+    _, rows, width, kind, epsilon, state, delta, weight, out, pick = _normalize_arguments(arguments)
+    while True:
+        first = fetch_add(arguments, TAKE)
+        if first >= rows:
+            return
+        for row in range(first, min(first + TAKE, rows)):
+            source = row
+            if pick != 0:
+                source = peek_i32(pick + 4 * row)
+            _normalize_row(
+                state + 4 * source * width,
+                0 if delta == 0 else delta + SIZES[kind] * source * width,
+                weight,
+                out + SIZES[kind] * row * width,
+                width,
+                kind,
+                float_bits(epsilon),
+                pick == 0,
+            )
+
+
+@njit(cache=True, error_model="numpy")
+def _normalize_row(
+    state: int, delta: int, weight: int, out: int, width: int, kind: int, epsilon: float, keep: bool
+) -> None:
+    squares = splat_f32(0.0)
+    for i in range(0, width, LANES):
+        value = load_f32(state + 4 * i)
+        if delta != 0:
+            value = add(value, load_values(delta, i, kind))
+            if keep:
+                store_f32(state + 4 * i, value)
+        squares = fma(value, value, squares)
+    mean = float(sum_lanes(squares)) / width
+    scale = splat_f32(1.0 / math.sqrt(mean + float(epsilon)))
+    for i in range(0, width, LANES):
+        value = load_f32(state + 4 * i)
+        if delta != 0 and not keep:
+            value = add(value, load_values(delta, i, kind))
+        store_values(out, i, kind, multiply(multiply(value, scale), load_f32(weight + 4 * i)))
+
+
+GATE = ("rows", "width", "kind", "both", "out")
+_gate_arguments = unpack(len(GATE) + 1)
+
+
+@entry
+def gate(arguments: int) -> None:
+    """Out = silu(gate) * up, where both [rows, 2 * width] is gate and up side by side.
+
+    out [rows, width]; all of `kind`.
+    """
+    _, rows, width, kind, both, out = _gate_arguments(arguments)
+    while True:
+        first = fetch_add(arguments, TAKE)
+        if first >= rows:
+            return
+        for row in range(first, min(first + TAKE, rows)):
+            for i in range(0, width, LANES):
+                x = load_values(both, 2 * row * width + i, kind)
+                up = load_values(both, (2 * row + 1) * width + i, kind)
+                store_values(out, row * width + i, kind, multiply(_silu(x), up))
+
+
+@njit(cache=True, error_model="numpy")
+def _silu(x: Any) -> Any:
+    # sigmoid(x) = 1 / (1 + e**-x), and e**-|x| never overflows.
+    small = power_of_two(multiply(absolute(x), splat_f32(-1.44269504)))
+    one = splat_f32(1.0)
+    top = if_less(x, splat_f32(0.0), small, one)
+    return multiply(x, divide(top, add(one, small)))
+
+
+ROTATE = (
+    "rows",
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "kind",
+    "qkv",
+    "q",
+    "turned_k",
+    "cosines",
+    "sines",
+    "positions",
+    "q_scale",
+    "pool",
+    "kv_kind",
+    "row_bytes",
+    "row_tokens",
+    "k",
+    "v",
+    "k_scale",
+    "v_scale",
+)
+_rotate_arguments = unpack(len(ROTATE) + 1)
+
+
+@entry
+def rotate(arguments: int) -> None:
+    """Rotary embedding of q and k; k and v are rounded to the pool's kind and written into it.
+
+    qkv [rows, q_heads + 2 * kv_heads, head_dim] of `kind`; out, float32: q [rows, q_heads,
+    head_dim], times q_scale (bits of a float32), and turned_k [rows, kv_heads, head_dim]; cosines,
+    sines float32 [positions, head_dim / 2]; positions int32 [rows]. pool: address of this layer in
+    the first block; row_bytes int64 [rows]: bytes from there to the row's block; row_tokens int64
+    [rows]: its token in the block; k, v, k_scale, v_scale: bytes from the layer's start to the
+    components.
+    """
+    (
+        _, rows, q_heads, kv_heads, head_dim, kind, qkv, q, turned_k, cosines, sines, positions,
+        q_scale, pool, kv_kind, row_bytes, row_tokens, k, v, k_scale, v_scale,
+    ) = _rotate_arguments(arguments)  # fmt: skip
+    half = head_dim // 2
+    size = SIZES[kind] * head_dim
+    while True:
+        first = fetch_add(arguments, TAKE)
+        if first >= rows:
+            return
+        for row in range(first, min(first + TAKE, rows)):
+            angle = 4 * half * peek_i32(positions + 4 * row)
+            source = qkv + row * (q_heads + 2 * kv_heads) * size
+            target = q + 4 * row * q_heads * head_dim
+            turn = cosines + angle, sines + angle
+            _turn_heads(source, target, q_heads, turn, half, kind, float_bits(q_scale))
+            source += q_heads * size
+            target = turned_k + 4 * row * kv_heads * head_dim
+            _turn_heads(source, target, kv_heads, turn, half, kind, 1.0)
+            source += kv_heads * size
+            layer = pool + peek_i64(row_bytes + 8 * row)
+            vector = peek_i64(row_tokens + 8 * row) * kv_heads
+            for head in range(kv_heads):
+                data = (vector + head) * head_dim * SIZES[kv_kind]
+                scale = (vector + head) * 4
+                key = target + 4 * head * head_dim
+                _write(key, FLOAT32, layer + k + data, layer + k_scale + scale, head_dim, kv_kind)
+                value = source + head * size
+                _write(value, kind, layer + v + data, layer + v_scale + scale, head_dim, kv_kind)
+
+
+@njit(cache=True, error_model="numpy")
+def _turn_heads(
+    source: int,
+    target: int,
+    heads: int,
+    turn: Any,
+    half: int,
+    kind: int,
+    scale: float,
+) -> None:
+    """x, y -> x cos - y sin, y cos + x sin, where x and y are the halves of each head."""
+    cosines, sines = turn
+    for head in range(heads):
+        x_at = 2 * half * head
+        y_at = x_at + half
+        for start in range(0, half, LANES):
+            # The last vector overlaps the one before it where half is no multiple of sixteen.
+            i = min(start, half - LANES)
+            x = load_values(source, x_at + i, kind)
+            y = load_values(source, y_at + i, kind)
+            cosine = load_f32(cosines + 4 * i)
+            sine = load_f32(sines + 4 * i)
+            less = subtract(splat_f32(0.0), sine)
+            factor = splat_f32(scale)
+            turned_x = multiply(fma(y, less, multiply(x, cosine)), factor)
+            turned_y = multiply(fma(x, sine, multiply(y, cosine)), factor)
+            store_f32(target + 4 * (x_at + i), turned_x)
+            store_f32(target + 4 * (y_at + i), turned_y)
+
+
+@njit(cache=True, error_model="numpy")
+def _write(source: int, kind: int, data: int, scale_at: int, width: int, kv_kind: int) -> None:
+    """A vector of `kind` into the pool; in fp8 with the scale that makes its largest 448."""
+    if kv_kind == FLOAT32:
+        for i in range(0, width, LANES):
+            store_f32(data + 4 * i, load_values(source, i, kind))
+    elif kv_kind == BFLOAT16:
+        for i in range(0, width, LANES):
+            store_u16(data + 2 * i, to_bfloat16(load_values(source, i, kind)))
+    else:
+        most = splat_f32(0.0)
+        for i in range(0, width, LANES):
+            most = larger(absolute(load_values(source, i, kind)), most)
+        scale = divide(splat_f32(largest_lane(most)), splat_f32(FP8_LARGEST))
+        # A vector of zeros has scale 1 rather than 0, by which nothing can be divided.
+        scale = if_less(splat_f32(0.0), scale, scale, splat_f32(1.0))
+        poke_f32(scale_at, largest_lane(scale))
+        for i in range(0, width, LANES):
+            store_u8(data + i, to_fp8(divide(load_values(source, i, kind), scale)))

@@ -1,0 +1,135 @@
+"""Batch invariance of linear layers: found out at start, on the machine and weights at hand.
+
+A row of a matrix product should not depend on how many rows are computed with it. Libraries do
+not promise that: they may choose another kernel for few rows. So every weight shape is probed at
+every row count that steps will have (few, by `row_grid`), rows at different places, against one
+reference; the cheapest rule that makes all probes equal is used: none, a least number of rows,
+rows in multiples, and at worst tiles of one fixed size. If none does, that is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from services.runtime.errors import TandemError
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+
+# Rows of a probe's reference.
+REFERENCE_ROWS = 512
+# Vectors so large that 512 rows would take long: those of the LM head.
+WIDE = 16384
+WIDE_ROWS = 64
+
+
+class NotInvariantError(TandemError):
+    """Batch invariance was asked for and can't be had."""
+
+    reason = "NOT_BATCH_INVARIANT"
+    code = "FAILED_PRECONDITION"
+
+
+@dataclass(frozen=True, slots=True)
+class RowRule:
+    """How rows are filled up before linear layers: to `least`, to a multiple, or in tiles."""
+
+    least: int = 1
+    multiple: int = 1
+    tile: int = 0
+
+    def rows(self, count: int) -> int:
+        """Rows to compute for `count` of them."""
+        if self.tile:
+            return -(-count // self.tile) * self.tile
+        count = max(self.least, row_grid(count))
+        return -(-count // self.multiple) * self.multiple
+
+
+# From the cheapest on.
+RULES = (
+    RowRule(),
+    RowRule(least=2),
+    RowRule(least=4),
+    RowRule(least=8),
+    RowRule(least=4, multiple=4),
+    RowRule(least=8, multiple=8),
+    RowRule(least=16, multiple=16),
+    RowRule(least=32, multiple=16),
+    RowRule(tile=32),
+)
+
+
+def row_grid(count: int) -> int:
+    """The next row count of few: a new one costs oneDNN a millisecond a shape, and memory."""
+    if count <= 16:
+        return count
+    step = 4 if count <= 64 else 16
+    return -(-count // step) * step
+
+
+def probe_counts(most: int) -> list[int]:
+    """Row counts that a step of up to `most` rows may have."""
+    return sorted({row_grid(count) for count in range(1, most + 1)})
+
+
+def apply(linear: Rows, rule: RowRule, x: torch.Tensor) -> torch.Tensor:
+    """linear(x), by tiles where the rule says so; x has rule.rows() rows."""
+    if not rule.tile or x.shape[0] == rule.tile:
+        return linear(x)
+    return torch.cat([linear(part) for part in torch.split(x, rule.tile)])
+
+
+def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers everywhere: no generator of torch's, whose streams may change."""
+    random = np.random.Generator(np.random.PCG64(width))
+    return torch.from_numpy(random.standard_normal((rows, width), np.float32)).to(dtype)
+
+
+def choose_rule(linears: Iterable[tuple[Rows, int, int]], dtype: torch.dtype) -> RowRule:
+    """The cheapest rule under which all these layers (function, inputs, outputs) are invariant."""
+    probes = [
+        (linear, probe_input(WIDE_ROWS if outputs >= WIDE else REFERENCE_ROWS, inputs, dtype))
+        for linear, inputs, outputs in linears
+    ]
+    references = [linear(x) for linear, x in probes]
+    for rule in RULES:
+        cases = zip(probes, references, strict=True)
+        if all(_holds(linear, x, reference, rule) for (linear, x), reference in cases):
+            return rule
+    raise NotInvariantError(
+        "linear layers of this torch depend on a row's place in the batch on this machine; set "
+        "engine.batch_invariant=false"
+    )
+
+
+def _holds(linear: Rows, x: torch.Tensor, reference: torch.Tensor, rule: RowRule) -> bool:
+    if rule.tile:
+        # Of one size, so only the place in the tile can matter.
+        first, shifted = linear(x[: rule.tile]), linear(x[1 : rule.tile + 1])
+        return torch.equal(first[1:], shifted[:-1])
+    return all(
+        torch.equal(linear(x[start : start + count]), reference[start : start + count])
+        for count, start in _places(len(x), rule)
+    )
+
+
+def _places(total: int, rule: RowRule) -> Iterator[tuple[int, int]]:
+    """Row counts that the rule leads to, each at the first rows and at some others."""
+    counts = {rule.rows(count) for count in probe_counts(total)}
+    for count in sorted(c for c in counts if c <= total):
+        yield count, 0
+        if count < total:
+            yield count, (total - count) // 2 + 1
+
+
+def digest(arrays: Sequence[np.ndarray]) -> str:
+    """32 hexadecimal digits over the arrays' bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
