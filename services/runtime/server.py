@@ -23,6 +23,7 @@ KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
     # A peer that is stopped, or whose network is gone, is noticed within their sum.
     ("grpc.keepalive_time_ms", 4_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
