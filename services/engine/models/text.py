@@ -1,0 +1,151 @@
+"""Text to tokens and back. CPU work: call it off the event loop. A Tokenizer is thread-safe."""
+
+from __future__ import annotations
+
+import codecs
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+
+import tokenizers
+
+from services.engine.models.decoding import ByteTable
+from services.engine.models.errors import ModelFileError
+from services.engine.models.folder import ModelFolder, read_json
+from services.engine.models.special import ControlTokens, TooManyNoncharactersError
+from services.engine.models.template import FIELD, template_of
+from services.runtime.errors import InvalidRequestError
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    now: what templates take for the time. Raises ModelFileError for what it can't use.
+    """
+
+    def __init__(self, folder: ModelFolder, now: Callable[[], datetime] = datetime.now) -> None:
+        path = folder.path / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelFileError(path, f"can't be read as a tokenizer: {error}") from error
+        # A file may ask for what batches in training need.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # The same, to which control tokens are plain text.
+        self._plain = copy.deepcopy(self._tokenizer)
+        self._plain.encode_special_tokens = True
+        self._control = {
+            token.content: (token_id, token)
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self._control_tokens = ControlTokens(list(self._control))
+        config_path = folder.path / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.exists() else {}
+        self._template = template_of(folder.path, config, now)
+        self.table = ByteTable.of(self._tokenizer, path)
+        if len(self.table) > folder.vocabulary:
+            raise ModelFileError(
+                path,
+                f"has {len(self.table)} tokens, config.json's vocab_size is {folder.vocabulary}",
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a raw prompt.
+
+        It is taken as it is: control tokens written in it are control tokens, so that a client can
+        render conversations itself, and the beginning-of-sequence token is added if the model
+        wants one. Text of others belongs in encode_chat().
+        """
+        _valid("prompt", text)
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation (`role` and `content` each), up to where the answer begins.
+
+        Control tokens come from the model's template only: in what the messages say they are plain
+        text. Raises InvalidRequestError if the template refuses the conversation or there is none.
+        """
+        if self._template is None:
+            raise InvalidRequestError(
+                "chat", "a conversation", "this model has no chat template; send a prompt"
+            )
+        for i, message in enumerate(messages):
+            for key, text in message.items():
+                _valid(f"{FIELD}[{i}].{key}", text)
+        try:
+            hidden, originals = self._control_tokens.hide([t for m in messages for t in m.values()])
+        except TooManyNoncharactersError:
+            raise InvalidRequestError(
+                FIELD, "every Unicode noncharacter", "leave one of U+FDD0 to U+FDEF out"
+            ) from None
+        texts = iter(hidden)
+        rendered = self._template.render([{k: next(texts) for k in m} for m in messages])
+        if not originals:
+            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        return self._encode_apart(rendered, originals)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of tokens, without control tokens; invalid UTF-8 is U+FFFD."""
+        detokenizer = Detokenizer(self)
+        return detokenizer.push(token_ids) + detokenizer.finish()
+
+    def _encode_apart(self, rendered: str, originals: Mapping[int, str]) -> list[int]:
+        """Encodes the template's control tokens, and what is between them as plain text."""
+        ids: list[int] = []
+        at, strip = 0, False
+        for found in self._control_tokens.find(rendered):
+            token_id, token = self._control[found.token]
+            between = rendered[at : found.start]
+            ids += self._encode_plain(between, originals, strip, token.lstrip)
+            ids.append(token_id)
+            at, strip = found.end, token.rstrip
+        return ids + self._encode_plain(rendered[at:], originals, strip, False)
+
+    def _encode_plain(
+        self, text: str, originals: Mapping[int, str], left: bool, right: bool
+    ) -> list[int]:
+        """left, right: the neighbouring control token takes the white space on that side."""
+        text = text.lstrip() if left else text
+        text = text.rstrip() if right else text
+        return self._plain.encode(text.translate(originals), add_special_tokens=False).ids
+
+
+class Detokenizer:
+    """Text of tokens as they come; push() + push() + ... + finish() is the decode() of them all.
+
+    The bytes of an incomplete character are held back. A token costs the same however many came
+    before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer.table.strip_spaces
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Text that is final now. Ids that the tokenizer does not know have none."""
+        return self._stripped(self._decoder.decode(self._table.join(token_ids)))
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD if the last character never became complete."""
+        return self._stripped(self._decoder.decode(b"", True))
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+            else:
+                text = text[1:]
+                self._strip -= 1
+        return text
+
+
+def _valid(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            field, f"U+{ord(text[error.start]):04X}", "lone surrogates are not text"
+        ) from None
