@@ -1,0 +1,142 @@
+"""The public API as the load generator speaks it: generated messages stop here."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Callable
+
+import grpc
+
+from loadtest.outcome import OK, TRUNCATED, WRONG_COUNT, Progress, Served
+from loadtest.workload import RequestPlan, SamplingSpec
+from services.runtime.errors import from_rpc
+from tandem.common.v1 import common_pb2
+from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
+from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
+
+STATUS_SECONDS = 5.0
+
+_GOOD_ENDS = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH)
+
+
+class InferenceClient:
+    """Makes requests on one channel and notes when each piece of the answer came."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        model: str,
+        sampling: SamplingSpec,
+        timeout_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._model = model
+        self._sampling = sampling
+        self._timeout = timeout_seconds
+        self._clock = clock
+        self.examples: dict[str, str] = {}
+        """What the first failure of each reason said."""
+
+    async def ask(self, plan: RequestPlan, progress: Progress) -> str:
+        """Sends the request, fills `progress` as the answer comes; returns OK or a reason code."""
+        message = inference_pb2.StreamGenerateRequest(request=self._message(plan))
+        progress.sent = self._clock()
+        last = None
+        try:
+            async for last in self._stub.StreamGenerate(message, timeout=self._timeout):
+                if last.token_ids:
+                    progress.arrivals.append((self._clock(), len(last.token_ids)))
+        except grpc.aio.AioRpcError as error:
+            reason, words = _reason(error)
+        else:
+            reason, words = self._judge(plan, progress, last)
+        if reason != OK:
+            self.examples.setdefault(reason, words)
+        return reason
+
+    def _judge(
+        self,
+        plan: RequestPlan,
+        progress: Progress,
+        last: inference_pb2.StreamGenerateResponse | None,
+    ) -> tuple[str, str]:
+        """Reason code, and words, of a stream that ended without an error status."""
+        if last is None or last.finish_reason not in _GOOD_ENDS:
+            ended = common_pb2.FinishReason.Name(last.finish_reason) if last else "no message"
+            return TRUNCATED, f"the stream ended with {ended} and status OK"
+        progress.served = _served(last)
+        came = sum(count for _, count in progress.arrivals)
+        said = progress.served.completion_tokens
+        wanted = plan.max_tokens if self._sampling.ignore_eos else came
+        if not came == said == wanted:
+            return WRONG_COUNT, f"{came} tokens came, usage says {said}, {wanted} were asked for"
+        return OK, ""
+
+    def _message(self, plan: RequestPlan) -> inference_pb2.GenerateRequest:
+        given = self._sampling
+        sampling = common_pb2.SamplingParams(
+            max_tokens=plan.max_tokens,
+            ignore_eos=given.ignore_eos,
+            seed=plan.seed,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+        )
+        tokens = inference_pb2.TokenInput(token_ids=plan.token_ids.tolist())
+        return inference_pb2.GenerateRequest(model=self._model, tokens=tokens, sampling=sampling)
+
+
+def _served(last: inference_pb2.StreamGenerateResponse) -> Served:
+    attempts = last.route.attempts
+    moved: Counter[str] = Counter()
+    for attempt in attempts:
+        if attempt.kv.bytes:
+            moved[attempt.kv.transport] += attempt.kv.bytes
+    return Served(
+        completion_tokens=last.usage.completion_tokens,
+        cached_tokens=last.usage.cached_tokens,
+        attempts=len(attempts),
+        local_prefill=bool(attempts) and not attempts[-1].prefill_worker,
+        kv_bytes=dict(moved),
+        kv_seconds=sum(a.kv.seconds for a in attempts),
+        kv_exposed_seconds=sum(a.kv.exposed_seconds for a in attempts),
+    )
+
+
+def _reason(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """The service's own reason and words; a failure of the transport gives its status code."""
+    known = from_rpc(error)
+    if known is not None:
+        return known.reason, known.message
+    return f"RPC_{error.code().name}", error.details() or ""
+
+
+class ModelError(Exception):
+    """The model asked for is not served, or cannot take the workload."""
+
+
+async def context_tokens(channel: grpc.aio.Channel, model: str) -> tuple[str, int]:
+    """Name and context window of the model to load. Raises ModelError, AioRpcError."""
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    answer = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=STATUS_SECONDS)
+    served = {m.name: m.context_tokens for m in answer.models}
+    names = ", ".join(served) or "none"
+    if model and model not in served:
+        raise ModelError(f"model {model!r} is not served; served: {names}")
+    if not model and len(served) != 1:
+        raise ModelError(f"name the model to load (--model); served: {names}")
+    name = model or next(iter(served))
+    return name, served[name]
+
+
+async def worker_pids(channel: grpc.aio.Channel) -> dict[str, int]:
+    """Workers of a coordinator that run on this machine: id to pid. Raises AioRpcError."""
+    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+    answer = await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=STATUS_SECONDS)
+    here = socket.gethostname()
+    return {
+        w.info.worker_id: w.info.pid for w in answer.workers if w.info.host == here and w.info.pid
+    }
