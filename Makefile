@@ -1,24 +1,38 @@
+# Two variables may be given: PYTHON (3.11 or newer) and PIP_ARGS.
+#
+# On Linux the torch of PyPI brings about 3 GB of CUDA packages. On a machine without a GPU spare
+# them with PyTorch's index of CPU builds:
+#   make install PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint types imports protos protos-check install install-dev model bench clean help
+.DELETE_ON_ERROR:
+.PHONY: help demo up test simulate bench lint types imports protos protos-check docs \
+        install install-dev model clean
 
 help: ## What can be asked of make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@echo
+	@echo 'Arguments are passed on: make demo ARGS="--decode 2", make test ARGS="-k cluster -x"'
 
 $(VENV)/.made:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; set PYTHON=")'
+	@$(PYTHON) -c 'import sys; sys.exit("Tandem needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,plot]'
-	touch $@
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PIP) -e '.[torch,plot]'
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,plot,peer,dev]'
-	touch $@
+	$(PIP) -e '.[torch,plot,peer,dev]'
+	@touch $@
 
 install: $(VENV)/.installed ## What is needed to serve
 install-dev: $(VENV)/.installed-dev ## What is needed to develop and test
@@ -29,8 +43,17 @@ model: install ## The newcomer's model, fetched and checked
 demo: install ## The whole system: a real model, prefill and decode apart, a streamed answer
 	$(BIN)/tandem demo $(ARGS)
 
+up: install model ## A cluster on this machine, until Ctrl-C
+	$(BIN)/tandem up $(ARGS)
+
 test: install-dev model ## All tests
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: install-dev ## Only the tests that play seeded histories against the pure cores
+	$(BIN)/python -m pytest tests/simulation $(ARGS)
+
+bench: install-dev model ## The embedded engine against transformers; what disaggregation costs
+	$(BIN)/python -m loadtest.bench $(ARGS)
 
 lint: install-dev ## ruff, buf
 	$(BIN)/ruff check .
@@ -50,5 +73,8 @@ protos: install-dev ## Regenerate protos/gen
 protos-check: install-dev ## What is checked in is what would be generated
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
 
+docs: install ## Rewrite docs/settings.md and docs/errors.md from the code
+	$(BIN)/python -m cli.docs
+
 clean: ## Remove what make made
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -38,6 +38,13 @@ ADVICE = {
     "CORRUPT_BLOCK": "Nothing: the block was not used and is computed again. If it is frequent, "
     "suspect memory or network.",
     "KV_ERROR": "Update both sides: one reported an error that the other does not know.",
+    "MODEL_NOT_FOUND": "`tandem models fetch` brings the models it knows; for another one set "
+    "model.path.",
+    "MODEL_FILE": "Fetch or copy the model again. If it is whole, Tandem can't serve its kind: the "
+    "message says what it lacks.",
+    "MODEL_FETCH": "Check that pip can reach its index, or fetch the model elsewhere and set "
+    "model.path.",
+    "MODEL_SPACE": "Free disk space, or set XDG_CACHE_HOME to a folder on another disk.",
     "INTERNAL": "A bug. The log of the process that answered has more under the incident id; "
     "please report both.",
 }

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from cli.advice import ADVICE
 from kvtransfer import errors as kv_errors
+from services.engine.models import errors as model_errors
 from services.runtime import errors
 from services.runtime.describe import allowed, fields, sections, show
 from services.runtime.load import OTHER_VARIABLES
@@ -26,6 +27,12 @@ READERS: dict[type[BaseModel], str] = {
     FrontendProcess: "frontend",
     WorkerProcess: "workers",
 }
+
+ROOTS: dict[type[Exception], str] = {
+    errors.TandemError: "Something nobody expected broke in the process that answered.",
+    kv_errors.KvError: "An error of the KV plane that this version does not know.",
+}
+"""What the roots of the trees stand for, on the wire."""
 
 SETTINGS_TABLE = "| key | default | allowed | meaning |\n|---|---|---|---|\n"
 
@@ -114,19 +121,17 @@ def errors_page() -> str:
 
 
 def _kinds() -> Iterator[Any]:
-    """Every error that can reach the wire; where both trees have a reason, services' is shown."""
-    for root in (kv_errors.KvError, errors.TandemError):
-        pending: list[type[Exception]] = [root]
-        while pending:
-            kind = pending.pop()
-            pending += kind.__subclasses__()
-            if kind is not errors.RetryableError:
+    """Every error there is; where two trees have a reason, the services' meaning is shown."""
+    for module in (kv_errors, model_errors, errors):
+        for kind in vars(module).values():
+            ours = isinstance(kind, type) and kind.__module__ == module.__name__
+            if ours and issubclass(kind, Exception) and kind is not errors.RetryableError:
                 yield kind
 
 
 def _meaning(kind: Any) -> str:
-    if kind is errors.TandemError:
-        return "Something nobody expected broke in the process that answered."
+    if kind in ROOTS:
+        return ROOTS[kind]
     return (inspect.getdoc(kind) or "").splitlines()[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -52,4 +53,4 @@ def plain_errors() -> Iterator[None]:
 
 def printable(text: str) -> str:
     """Text for a terminal: without control characters, which could drive it."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    return "".join(c for c in text if unicodedata.category(c) != "Cc" or c in "\n\t")

