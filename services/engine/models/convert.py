@@ -94,7 +94,12 @@ def _write(path: Path, sha256: str, made: Path, watch: Watch) -> None:
     files = {p.name: cache.sha256_of(p) for p in sorted(made.iterdir())}
     _json(
         made / MANIFEST,
-        {"converter": CONVERTER_VERSION, "source_sha256": sha256, "sha256": files},
+        {
+            "converter": CONVERTER_VERSION,
+            "source": path.name,
+            "source_sha256": sha256,
+            "sha256": files,
+        },
     )
 
 

@@ -56,7 +56,8 @@ class ControlTokens:
     def hide(self, texts: Sequence[str]) -> tuple[list[str], Mapping[int, str]]:
         """The texts with stand-ins, and for str.translate what each stands for.
 
-        The latter is empty if none was needed. Lengths stay the same. Raises TooManyNoncharactersError.
+        The latter is empty if none was needed. Lengths stay the same.
+        Raises TooManyNoncharactersError.
         """
         begins = [self._begins(text) for text in texts]
         hidden = sorted({text[i] for text, at in zip(texts, begins, strict=True) for i in at})
