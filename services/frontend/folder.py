@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.engine.models import resolve
+from services.engine.models.folder import resolve
 from services.engine.models.text import Detokenizer, Tokenizer
 from services.frontend import text
 from services.frontend.validate import Chat, Input, Prompt, Tokens
@@ -17,7 +17,7 @@ class FolderModel:
         self._tokenizer = Tokenizer(folder)
         self.name: str = settings.name
         self.vocabulary: int = folder.vocabulary
-        self.eos_token_ids: tuple[int, ...] = tuple(folder.eos_token_ids)
+        self.eos_token_ids: tuple[int, ...] = folder.eos_token_ids
 
     def encode(self, asked: Input) -> list[int]:
         """See Model."""
@@ -25,7 +25,8 @@ class FolderModel:
             case Prompt(words):
                 return self._tokenizer.encode(words)
             case Chat(messages):
-                return self._tokenizer.encode_chat(messages)
+                turns = [{"role": role, "content": content} for role, content in messages]
+                return self._tokenizer.encode_chat(turns)
             case Tokens(token_ids):
                 return list(token_ids)
 

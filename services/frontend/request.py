@@ -297,10 +297,12 @@ class Request:
             del self.output[len(self.output) - len(token_ids) + taken :]
             token_ids = token_ids[:taken]
         self.attempts[-1].tokens += len(token_ids)
-        if self.first_token_at is None:
-            self.first_token_at = now
-        emit = Emit(token_ids, logprobs[: len(token_ids)], text)
-        return [emit] if reason is None else [emit, *self._finish(reason, now)]
+        commands: list[Command] = []
+        if token_ids:
+            if self.first_token_at is None:
+                self.first_token_at = now
+            commands.append(Emit(token_ids, logprobs[: len(token_ids)], text))
+        return commands if reason is None else commands + self._finish(reason, now)
 
     def _complete(self) -> FinishReason | None:
         """Why the tokens taken so far are all there can be, if they are."""

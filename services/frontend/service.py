@@ -86,9 +86,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with self._named(asked) as request_id:
             live, job = await self._begin(asked, request_id, arrived, context)
             try:
-                first = True
-                while live.finish_reason is None:
+                first, last = True, False
+                while not last:
                     piece = await live.piece()
+                    # Nothing runs between the two: what is not in this piece is to come.
+                    last = live.finish_reason is not None
                     message = inference_pb2.StreamGenerateResponse(
                         request_id=request_id, text=piece.text, token_ids=piece.token_ids
                     )
@@ -97,7 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     if first:
                         message.model, message.seed = job.served.name, job.sampling.seed
                         first = False
-                    if live.finish_reason is not None:
+                    if last:
                         message.finish_reason = FINISH[live.finish_reason]
                         message.usage.CopyFrom(wire.usage_to(live.core))
                         message.route.CopyFrom(wire.route_to(live.core))
