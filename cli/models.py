@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cli.output import fail, plain_errors
@@ -30,6 +26,7 @@ from services.runtime.settings import ModelSettings
 
 app = typer.Typer(
     invoke_without_command=True,
+    add_completion=False,
     help="Fetch, check and list models. Alone it lists them.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -65,6 +62,8 @@ def fetch(
 
     What is there already is kept. Stopped half-way, it leaves nothing half.
     """
+    # So that SIGTERM, like Ctrl-C, ends pip and removes what is half done.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with plain_errors():
         known = catalog.find(name)
         with _bars() as watch:
@@ -116,9 +115,10 @@ def _is_whole(entry: inventory.Entry) -> bool:
 
 def _list(models: Path) -> None:
     console = Console()
-    table = Table(
-        "model", "state", "on disk", "context", "licence", "what", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "state", "on disk", "context", "licence"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what")
     for entry in inventory.entries(models):
         known = entry.known
         if entry.folder is not None:

@@ -45,7 +45,7 @@ CATALOG = {
             folder_bytes=272_000_000,
             context_tokens=8192,
             licence="Apache-2.0",
-            about="Hugging Face's SmolLM2, 135M parameters, 4-bit weights; answers on any CPU",
+            about="SmolLM2 of Hugging Face, 135M parameters",
         ),
     )
 }
