@@ -1,0 +1,29 @@
+"""Which engine a worker runs."""
+
+from __future__ import annotations
+
+from services.engine.scripted.engine import ScriptedEngine
+from services.engine.stepped.engine import SteppedEngine
+from services.runtime.load import SettingsError
+from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+
+_TORCH_MODULES = ("torch", "numba", "safetensors", "gguf")
+
+
+def build(model: ModelSettings, engine: EngineSettings, kv: KvSettings, host: str) -> SteppedEngine:
+    """The engine that the settings ask for, not started. `host` is the address to listen on.
+
+    Raises SettingsError if what it needs is not installed.
+    """
+    if engine.kind == "scripted":
+        return ScriptedEngine(model, engine, kv, host=host)
+    try:
+        from services.engine.torch.engine import TorchEngine
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _TORCH_MODULES:
+            raise
+        raise SettingsError(
+            f"engine.kind: torch needs the package {error.name}, which is not installed; "
+            "pip install 'tandem-serving[torch]' brings it"
+        ) from None
+    return TorchEngine(model, engine, kv, host=host)

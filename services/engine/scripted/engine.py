@@ -1,0 +1,25 @@
+"""The scripted engine: all of the embedded engine but the model. For tests and for load tests."""
+
+from __future__ import annotations
+
+from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
+from services.engine.stepped.batch import LoadedModel
+from services.engine.stepped.engine import SteppedEngine
+from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+
+
+class ScriptedEngine(SteppedEngine):
+    """Tokens are a function of the tokens before them (and of the seed, if sampled)."""
+
+    def __init__(
+        self, model: ModelSettings, engine: EngineSettings, kv: KvSettings, *, host: str
+    ) -> None:
+        def load() -> LoadedModel:
+            scripted = ScriptedModel(
+                model.name,
+                block_tokens=engine.block_tokens,
+                step_seconds=engine.scripted_step_seconds,
+            )
+            return LoadedModel(scripted, model.name, CONTEXT_TOKENS, VOCABULARY, (EOS,))
+
+        super().__init__(load, engine, kv, host=host)

@@ -1,0 +1,89 @@
+"""What a step gives to a model, and what a model is to the engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransfer.layout import KvLayout
+from services.engine.stepped.scheduler import Work
+
+Int32s = NDArray[np.int32]
+AfterLayers = Callable[[int, int], None]
+"""Called with (first layer, layers) when the KV of these layers is final for the whole batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """T tokens of S sequences, sequence by sequence, of which R are followed by a sampled one.
+
+    Sequence s owns rows query_starts[s]:query_starts[s + 1]; its context is positions 0 up to its
+    last row's, and its KV stands in the blocks of block_tables[s].
+    """
+
+    token_ids: Int32s
+    """[T]"""
+    positions: Int32s
+    """[T]"""
+    query_starts: Int32s
+    """[S + 1]"""
+    block_tables: Int32s
+    """[S, B], rows padded with -1"""
+    logit_rows: Int32s
+    """[R], indices into T, ascending"""
+
+
+class Model(Protocol):
+    """Computes logits over a KV pool that it is bound to. Called on one thread at a time."""
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of a block of its pool."""
+
+    @property
+    def numerics(self) -> str:
+        """See EngineInfo.numerics."""
+
+    def bind(self, memory: NDArray[np.uint8]) -> None:
+        """The pool: [blocks, layout.block_bytes]."""
+
+    def warm_up(self) -> None:
+        """Compiles and touches what the first step would."""
+
+    def forward(
+        self, batch: Any, after_layers: AfterLayers | None, layers_per_piece: int
+    ) -> NDArray[np.float32]:
+        """Writes the KV of the batch's tokens; returns logits [R, vocabulary]."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, and what the engine must know about it beside its computation."""
+
+    model: Model
+    name: str
+    context_tokens: int
+    vocabulary: int
+    eos_token_ids: tuple[int, ...]
+
+
+def batch_of(works: Seq[Work]) -> StepBatch:
+    """The arrays of a plan's work, in its order."""
+    starts = np.zeros(len(works) + 1, dtype=np.int32)
+    np.cumsum([w.count for w in works], out=starts[1:])
+    tokens = np.empty(starts[-1], dtype=np.int32)
+    positions = np.empty(starts[-1], dtype=np.int32)
+    width = max(len(w.sequence.blocks) for w in works)
+    tables = np.full((len(works), width), -1, dtype=np.int32)
+    for i, work in enumerate(works):
+        rows = slice(starts[i], starts[i + 1])
+        tokens[rows] = work.sequence.tokens[work.start : work.end]
+        positions[rows] = np.arange(work.start, work.end)
+        tables[i, : len(work.sequence.blocks)] = work.sequence.blocks
+    logit_rows = [starts[i + 1] - 1 for i, w in enumerate(works) if w.sample]
+    return StepBatch(tokens, positions, starts, tables, np.array(logit_rows, dtype=np.int32))

@@ -1,0 +1,402 @@
+"""The Engine protocol over a model that is stepped: the event loop's side.
+
+Requests go through an inbox to the step thread, which owns them; results come back by one
+call_soon_threadsafe a step. Fetches run here, between the two, while the thread computes others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from kvtransfer.endpoint import KvEndpoint
+
+from kvtransfer.errors import KvError, KvSourceLostError
+from kvtransfer.keys import KeyChain, salt
+from kvtransfer.store import KvStore
+from services.engine.api import (
+    EngineFault,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    FirstTokens,
+    Hold,
+    KvEvents,
+    KvSource,
+    Request,
+    StepOutput,
+    TokenOutput,
+)
+from services.engine.stepped.batch import LoadedModel
+from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
+from services.engine.stepped.scheduler import Fetch, Scheduler
+from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.engine.stepped.step import Stepper, StepResult
+from services.engine.stepped.thread import StepThread
+from services.runtime.errors import (
+    DuplicateRequestError,
+    EngineFailedError,
+    EngineOverloadedError,
+    InvalidRequestError,
+)
+from services.runtime.load import SettingsError
+from services.runtime.settings import EngineSettings, KvSettings
+
+log = logging.getLogger(__name__)
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A live request as the event loop knows it."""
+
+    serial: int
+    prompt_tokens: int
+    """Still to be computed here, as far as is known."""
+
+
+class SteppedEngine:
+    """See api.Engine; `load` is called once, off the event loop."""
+
+    kv: KvEndpoint
+    """After start(): the hand-off's end of this engine; its servicer belongs on a gRPC server."""
+
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        engine: EngineSettings,
+        kv: KvSettings,
+        *,
+        host: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load = load
+        self._settings = engine
+        self._kv_settings = kv
+        self._host = host
+        self._clock = clock
+        self._inbox = Inbox()
+        self._serials = itertools.count(1)
+        self._live: dict[str, _Request] = {}
+        self._fetches: dict[int, asyncio.Task[FetchStopped]] = {}
+        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self._kv_changed = asyncio.Event()
+        self._kv_told = False
+        self._started = self._stopped = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """Valid after start()."""
+        return self._info
+
+    async def start(self) -> None:
+        """Loads the model, opens the pool and its endpoint, starts to step."""
+        self._loop = asyncio.get_running_loop()
+        loaded, store = await asyncio.to_thread(self._open)
+        self._store, self._name = store, loaded.name
+        settings, kv = self._settings, self._kv_settings
+        self.kv = KvEndpoint(
+            store,
+            transports=kv.transports,
+            tcp_host=kv.tcp_host or self._host,
+            tcp_port=kv.tcp_port,
+            lease_seconds=kv.lease_seconds,
+            fetch_timeout_seconds=kv.fetch_timeout_seconds,
+        )
+        await self.kv.start()
+        self._info = EngineInfo(
+            model=loaded.name,
+            layout=store.layout,
+            context_tokens=context_window(loaded.context_tokens, settings, store),
+            total_blocks=store.total_blocks,
+            max_running=settings.max_running,
+            vocabulary=loaded.vocabulary,
+            eos_token_ids=loaded.eos_token_ids,
+            numerics=loaded.model.numerics,
+        )
+        scheduler = Scheduler(
+            store,
+            block_tokens=store.layout.block_tokens,
+            chunk_tokens=settings.chunk_tokens,
+            max_running=settings.max_running,
+        )
+        self._stepper = Stepper(
+            loaded.model,
+            store,
+            scheduler,
+            Limits(self._info.context_tokens, frozenset(loaded.eos_token_ids)),
+            recompute_max_tokens=kv.recompute_max_tokens,
+            clock=self._clock,
+        )
+        self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
+        store.on_change(self._store_changed)
+        self._thread.start()
+        self._expiry = asyncio.create_task(self._expire())
+        self._started = True
+
+    async def close(self) -> None:
+        """Cancels what runs, frees everything, ends outputs(). Idempotent."""
+        started, self._started = self._started, False
+        self._stopped = True
+        if not started:
+            return
+        self._expiry.cancel()
+        for request_id in list(self._live):
+            self.cancel(request_id)
+        # The thread ends when it holds nothing; what is being fetched stops by its asking.
+        self._inbox.put(Close())
+        await asyncio.to_thread(self._thread.join)
+        await self.kv.close()
+        self._store.close()
+        self._kv_changed.set()
+        self._outputs.put_nowait(None)
+
+    def prefill(self, request: Request, hold: Hold) -> None:
+        """Queues a prompt; its lease exists from now on."""
+        self._check(request)
+        self._store.open_lease(request.request_id, hold.seconds)
+        self._submit(request, Role.PREFILL, None)
+
+    def decode(self, request: Request, source: KvSource | None) -> None:
+        """Queues a request to generate for."""
+        self._check(request)
+        self._submit(request, Role.DECODE, source)
+
+    def proceed(self, request_id: str, first: FirstTokens) -> None:
+        """Gives a request that decode() took with a source its first tokens."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._inbox.put(Proceed(live.serial, first.token_ids, self._clock()))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, without another output, and frees what it holds, leases included."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._inbox.put(Cancel(live.serial))
+        else:
+            self._store.release_lease(request_id)
+
+    async def outputs(self) -> AsyncIterator[StepOutput]:
+        """All that comes of requests. One consumer."""
+        while (output := await self._outputs.get()) is not None:
+            yield output
+
+    async def kv_events(self) -> AsyncIterator[KvEvents]:
+        """Starts with a snapshot; then changes, coalesced. A new call starts over."""
+        events = self._store.snapshot()
+        while not self._stopped:
+            if events.stored or events.removed or events.snapshot:
+                yield KvEvents(events.stored, events.removed, events.snapshot)
+            await self._kv_changed.wait()
+            self._kv_changed.clear()
+            self._kv_told = False
+            events = self._store.events()
+
+    def stats(self) -> EngineStats:
+        """Now."""
+        load, store = self._stepper.load, self._store.stats()
+        unseen = 0
+        for request in reversed(self._live.values()):
+            if request.serial <= load.serial:
+                break
+            unseen += request.prompt_tokens
+        return EngineStats(
+            running=load.running,
+            waiting=max(0, len(self._live) - load.running),
+            free_blocks=store.free + store.cached,
+            held_blocks=store.held,
+            cached_blocks=store.cached,
+            queued_tokens=load.queued_tokens + unseen,
+            prefill_tokens_per_second=load.prefill_tokens_per_second,
+            step_seconds=load.step_seconds,
+            finished=load.finished,
+            preempted=load.preempted,
+            corrupt_blocks=self.kv.counters.corrupt,
+            leases=store.leases,
+            kv_bytes=dict(self.kv.counters.bytes),
+        )
+
+    def check_integrity(self) -> None:
+        """Proves the pool's books (free + cached + held = total); raises AssertionError."""
+        self._store.check_integrity()
+
+    # Requests
+
+    def _check(self, request: Request) -> None:
+        if self._stopped:
+            raise EngineFailedError("the engine has stopped")
+        if request.request_id in self._live:
+            raise DuplicateRequestError(
+                f"request {request.request_id} is already here", request_id=request.request_id
+            )
+        limit = self._settings.max_running + self._settings.max_waiting
+        if len(self._live) >= limit:
+            raise EngineOverloadedError(f"{limit} requests are here already", limit=limit)
+        tokens, info = request.token_ids, self._info
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("prompt_token_ids", (), "at least one token is")
+        if len(tokens) >= info.context_tokens:
+            raise InvalidRequestError(
+                "prompt_token_ids",
+                f"{len(tokens)} tokens",
+                f"at most {info.context_tokens - 1} fit the context window with one to generate",
+            )
+        if min(tokens) < 0 or max(tokens) >= info.vocabulary:
+            wrong = next(t for t in tokens if not 0 <= t < info.vocabulary)
+            raise InvalidRequestError(
+                "prompt_token_ids", wrong, f"token ids are 0 to {info.vocabulary - 1}"
+            )
+
+    def _submit(self, request: Request, role: Role, source: KvSource | None) -> None:
+        layout = self._store.layout
+        chain = KeyChain(salt(self._name, layout.fingerprint, request.tenant), layout.block_tokens)
+        serial = next(self._serials)
+        sequence = Sequence.of(serial, request, role, chain, source)
+        self._live[request.request_id] = _Request(serial, 0 if source else sequence.context)
+        self._inbox.put(Submit(sequence))
+
+    # Results
+
+    def _post(self, result: StepResult) -> None:
+        self._soon(self._take, result)
+
+    def _soon(self, callback: Callable[..., None], *arguments: object) -> None:
+        """From any thread. The loop may be gone by then, if the process is going down."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _take(self, result: StepResult) -> None:
+        for fetch in result.fetches:
+            task = self._loop.create_task(self._fetch(fetch))
+            self._fetches[fetch.sequence.serial] = task
+            task.add_done_callback(functools.partial(self._fetch_over, fetch))
+        for serial in result.stop_fetches:
+            if serial in self._fetches:
+                self._fetches[serial].cancel()
+        outputs = []
+        for serial, output in result.outputs:
+            live = self._live.get(output.request_id)
+            if live is None or live.serial != serial:
+                continue  # cancelled while it was computed
+            outputs.append(output)
+            if output.finish_reason is not None or output.prefill_done:
+                del self._live[output.request_id]
+        if outputs:
+            self._outputs.put_nowait(StepOutput(tuple(outputs)))
+
+    def _died(self, error: Exception) -> None:
+        self._soon(self._give_up, error)
+
+    def _give_up(self, error: Exception) -> None:
+        """The step thread is dead: everything fails, and outputs() ends."""
+        fault = EngineFault("ENGINE_FAILED", f"the engine stopped: {type(error).__name__}")
+        ends = [
+            TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=fault)
+            for request_id in self._live
+        ]
+        self._live.clear()
+        self._stopped = True
+        if ends:
+            self._outputs.put_nowait(StepOutput(tuple(ends)))
+        self._outputs.put_nowait(None)
+
+    # The KV plane
+
+    def _store_changed(self) -> None:
+        """Any thread, often: tells whoever can have use for it, once."""
+        if not self._thread.current:
+            self._inbox.nudge()
+        if not self._kv_told:
+            self._kv_told = True
+            self._soon(self._kv_changed.set)
+
+    async def _fetch(self, fetch: Fetch) -> FetchStopped:
+        """Moves the blocks; says what came of it. An error beyond losing the source is a fault."""
+        serial, source = fetch.sequence.serial, fetch.source
+        began = self._clock()
+        try:
+            report = await self.kv.fetch(source.address, source.lease_id, fetch.keys, fetch.blocks)
+        except KvSourceLostError as error:
+            complete, transport, seconds, why = (
+                error.complete,
+                "",
+                self._clock() - began,
+                error.message,
+            )
+            moved = blocks = corrupt = 0
+        else:
+            complete, transport, seconds = report.complete, report.transport, report.seconds
+            moved, blocks, corrupt = report.bytes, report.blocks, report.corrupt_blocks
+            why = f"{corrupt} blocks were corrupt"
+        return FetchStopped(
+            serial,
+            arrived=sum(itertools.takewhile(bool, complete)),
+            transport=transport,
+            bytes=moved,
+            blocks=blocks,
+            seconds=seconds,
+            corrupt_blocks=corrupt,
+            why=why,
+            ended=self._clock(),
+        )
+
+    def _fetch_over(self, fetch: Fetch, task: asyncio.Task[FetchStopped]) -> None:
+        """Also called for a task that was cancelled before it began."""
+        serial = fetch.sequence.serial
+        del self._fetches[serial]
+        if task.cancelled():
+            stopped = FetchStopped(serial, why="stopped")
+        elif (error := task.exception()) is None:
+            stopped = task.result()
+        elif isinstance(error, KvError):
+            fault = EngineFault(error.reason, error.message, error.metadata)
+            stopped = FetchStopped(serial, fault=fault, ended=self._clock())
+        else:
+            log.error("a fetch failed", exc_info=error)
+            fault = EngineFault("ENGINE_FAILED", f"a fetch failed: {type(error).__name__}")
+            stopped = FetchStopped(serial, fault=fault, ended=self._clock())
+        if fetch.keys:
+            self._inbox.put(stopped)
+
+    async def _expire(self) -> None:
+        """Ends leases whose sinks never came. Leases are counted in seconds: so is this."""
+        while True:
+            await asyncio.sleep(min(1.0, self._kv_settings.lease_seconds / 4))
+            for lease_id in self._store.expire():
+                log.info("lease %s expired", lease_id)
+
+    def _open(self) -> tuple[LoadedModel, KvStore]:
+        """Everything slow about a start; not on the event loop."""
+        loaded = self._load()
+        layout = loaded.model.layout
+        blocks = self._settings.kv_blocks
+        blocks = blocks or self._settings.kv_memory_mib * MEBIBYTE // layout.block_bytes
+        pieces = min(self._kv_settings.layers_per_piece, layout.layers)
+        store = KvStore(layout, blocks, layers_per_piece=pieces, clock=self._clock)
+        loaded.model.bind(store.memory)
+        loaded.model.warm_up()
+        return loaded, store
+
+
+def context_window(own: int, settings: EngineSettings, store: KvStore) -> int:
+    """Tokens of the longest sequence: the model's own window or less, and never beyond the pool.
+
+    So whatever is accepted fits when it is alone. Raises SettingsError if more was asked for.
+    """
+    pool = store.total_blocks * store.layout.block_tokens
+    wanted = settings.context_tokens
+    if wanted > min(own, pool):
+        raise SettingsError(
+            f"engine.context_tokens: {wanted} is not possible; the model's window is {own} tokens, "
+            f"the KV pool holds {pool} (engine.kv_blocks, engine.kv_memory_mib)"
+        )
+    if not wanted and pool < own:
+        log.warning("context window cut from %d to %d tokens, which the KV pool holds", own, pool)
+    return wanted or min(own, pool)

@@ -1,0 +1,355 @@
+"""One engine step: plan, compute, announce KV, sample, tell. Runs on the step thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransfer.store import KvStore
+from services.engine.api import EngineFault, FinishReason, KvReport, TokenOutput
+from services.engine.stepped.batch import Model, batch_of
+from services.engine.stepped.inbox import Cancel, Command, FetchStopped, Proceed, Submit
+from services.engine.stepped.phases import Phase
+from services.engine.stepped.rates import Rates
+from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
+from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
+from services.engine.stepped.sequence import Limits, Role, Sequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Live:
+    """A sequence, and what is kept about it until it ends."""
+
+    sequence: Sequence
+    occurrences: Occurrences | None = None
+    fetched: FetchStopped | None = None
+    proceeded: float = 0.0
+    reported: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is; replaced as a whole, so other threads may read it."""
+
+    serial: int = 0
+    """Of the last request taken in."""
+    running: int = 0
+    queued_tokens: int = 0
+    finished: int = 0
+    preempted: int = 0
+    prefill_tokens_per_second: float = 0.0
+    step_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the event loop has to do about a step."""
+
+    outputs: list[tuple[int, TokenOutput]] = field(default_factory=list)
+    """With the serial of the request: its id may have been used again since."""
+    fetches: list[Fetch] = field(default_factory=list)
+    stop_fetches: list[int] = field(default_factory=list)
+    """Serials."""
+
+    def __bool__(self) -> bool:
+        return bool(self.outputs or self.fetches or self.stop_fetches)
+
+
+class Stepper:
+    """Owns every sequence. Not thread-safe, but for `load`."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: KvStore,
+        scheduler: Scheduler,
+        limits: Limits,
+        *,
+        recompute_max_tokens: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.load = Load()
+        self._model = model
+        self._store = store
+        self._scheduler = scheduler
+        self._limits = limits
+        self._recompute_max_tokens = recompute_max_tokens
+        self._clock = clock
+        self._block_tokens = store.layout.block_tokens
+        self._live: dict[int, _Live] = {}
+        self._result = StepResult()
+        self._rates = Rates()
+        self._serial = self._finished = self._preempted = 0
+
+    @property
+    def idle(self) -> bool:
+        """No request is left."""
+        return not self._live
+
+    def apply(self, command: Command) -> None:
+        """Takes in what the event loop said."""
+        if isinstance(command, Submit):
+            self._submit(command.sequence)
+        elif isinstance(command, FetchStopped):
+            self._fetch_stopped(command)
+        elif isinstance(command, Proceed):
+            self._proceed(command)
+        elif isinstance(command, Cancel):
+            live = self._live.get(command.serial)
+            if live is not None:
+                self._end(live.sequence, keep_lease=False)
+
+    def step(self) -> bool:
+        """Computes one step; False if there was nothing to compute."""
+        plan = self._scheduler.plan()
+        self._preempted += len(plan.preempted)
+        self._result.stop_fetches += [
+            s.serial for s in plan.preempted if s.phase is Phase.RETURNING
+        ]
+        self._result.fetches += plan.fetches
+        self._lease(plan.admitted)
+        if not plan.work:
+            return False
+        began = self._clock()
+        try:
+            choices = self._compute(plan)
+        except Exception as error:
+            log.exception("an engine step of %d sequences failed", len(plan.work))
+            self.fail([w.sequence for w in plan.work], error)
+        else:
+            self._take(plan, choices)
+        # Tokens of preempted sequences count too: they are computed as prompts are.
+        chunks = sum(w.count for w in plan.work if w.count > 1)
+        self._rates.step(chunks, self._clock() - began)
+        return True
+
+    def finish(self) -> StepResult:
+        """What came of the commands and the step since the last call; also publishes `load`."""
+        result, self._result = self._result, StepResult()
+        self.load = Load(
+            serial=self._serial,
+            running=len(self._scheduler.admitted),
+            queued_tokens=self._scheduler.queued_tokens,
+            finished=self._finished,
+            preempted=self._preempted,
+            prefill_tokens_per_second=self._rates.prefill_tokens_per_second,
+            step_seconds=self._rates.step_seconds,
+        )
+        return result
+
+    def fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
+        """Ends sequences that a broken step has left in doubt."""
+        fault = EngineFault("ENGINE_FAILED", f"the engine failed: {type(error).__name__}")
+        for sequence in sequences:
+            self._end(sequence, FinishReason.ERROR, fault=fault)
+
+    def fail_all(self, error: Exception) -> None:
+        """The same for every live request."""
+        self.fail([live.sequence for live in self._live.values()], error)
+
+    # Commands
+
+    def _submit(self, sequence: Sequence) -> None:
+        self._live[sequence.serial] = _Live(sequence)
+        self._serial = sequence.serial
+        self._scheduler.submit(sequence)
+        reason = sequence.finished(self._limits)
+        if reason is not None:  # earlier attempts had all but said so
+            self._end(sequence, reason)
+
+    def _proceed(self, command: Proceed) -> None:
+        live = self._live.get(command.serial)
+        if live is None or not live.sequence.held_back:
+            return
+        live.proceeded = command.at
+        self._scheduler.proceed(live.sequence, command.token_ids)
+        reason = live.sequence.finished(self._limits)
+        if reason is not None:
+            self._end(live.sequence, reason)
+
+    def _fetch_stopped(self, stopped: FetchStopped) -> None:
+        live = self._live.get(stopped.serial)
+        if live is None:
+            raise AssertionError("a fetch outlived its sequence")
+        sequence = live.sequence
+        if sequence.phase is not Phase.FETCHING:
+            self._scheduler.fetch_stopped(sequence, 0)
+            if sequence.phase is Phase.ENDED:
+                del self._live[stopped.serial]
+            return
+        live.fetched = stopped
+        have = sequence.computed + stopped.arrived * self._block_tokens
+        missing = max(0, sequence.context - have)
+        fault = stopped.fault
+        if fault is None and missing > self._recompute_max_tokens:
+            fault = EngineFault(
+                "KV_SOURCE_LOST",
+                f"{missing} tokens of KV did not arrive ({stopped.why}), more than are recomputed",
+                {"missing_tokens": str(missing), "allowed": str(self._recompute_max_tokens)},
+            )
+        if fault is not None:
+            self._end(sequence, FinishReason.ERROR, fault=fault)
+            self._scheduler.fetch_stopped(sequence, 0)
+            del self._live[stopped.serial]
+            return
+        self._scheduler.fetch_stopped(sequence, stopped.arrived)
+
+    # A step
+
+    def _lease(self, admitted: Iterable[Sequence]) -> None:
+        for sequence in admitted:
+            if sequence.role is Role.PREFILL:
+                lease = sequence.request.request_id
+                self._store.lease_add(lease, sequence.blocks, sequence.context_keys)
+
+    def _compute(self, plan: Plan) -> list[Choice | None]:
+        """Runs the model, makes finished blocks readable, samples a row for each Work.sample."""
+        store = self._store
+        full, tails = self._completed(plan.work)
+        for block, key in full + tails:
+            store.begin(block, key)
+
+        def announce(first_layer: int, layers: int) -> None:
+            for block, _ in full + tails:
+                store.piece_done(block, first_layer, layers)
+
+        after_layers = announce if full or tails else None
+        logits = self._model.forward(batch_of(plan.work), after_layers, store.layers_per_piece)
+        for block, _ in full:
+            store.commit(block)
+        for work in plan.work:
+            if work.sequence.role is Role.PREFILL and work.end >= work.sequence.context:
+                store.lease_complete(work.sequence.request.request_id)
+        return self._sample(logits, [w.sequence for w in plan.work if w.sample])
+
+    def _completed(
+        self, works: Seq[Work]
+    ) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
+        """Blocks (and keys) whose last token the step computes; prompts' incomplete last blocks."""
+        full, tails = [], []
+        for work in works:
+            sequence = work.sequence
+            first, last = work.start // self._block_tokens, work.end // self._block_tokens
+            full += list(
+                zip(sequence.blocks[first:last], sequence.chain.keys[first:last], strict=True)
+            )
+            if (
+                sequence.role is Role.PREFILL
+                and work.end == sequence.context
+                and work.end % self._block_tokens
+            ):
+                tails.append((sequence.blocks[last], sequence.context_keys[last]))
+        return full, tails
+
+    def _sample(
+        self, logits: NDArray[np.float32], sequences: list[Sequence]
+    ) -> list[Choice | None]:
+        return sample(logits, [self._row(s) for s in sequences])
+
+    def _row(self, sequence: Sequence) -> Row:
+        sampling = sequence.request.sampling
+        live = self._live[sequence.serial]
+        if penalized(sampling):
+            if live.occurrences is None:
+                live.occurrences = Occurrences(sequence.request.prompt_token_ids)
+            live.occurrences.follow(sequence.tokens)
+        forbidden: frozenset[int] = frozenset()
+        if sequence.outputs < sampling.min_tokens:
+            forbidden = frozenset(sampling.stop_token_ids)
+            if not sampling.ignore_eos:
+                forbidden |= self._limits.eos_token_ids
+        return Row(sampling, len(sequence.tokens), live.occurrences, forbidden)
+
+    def _take(self, plan: Plan, choices: Seq[Choice | None]) -> None:
+        """Sequences move on by what was computed and chosen."""
+        self._scheduler.advance(plan)
+        sampled = [w.sequence for w in plan.work if w.sample]
+        for sequence, choice in zip(sampled, choices, strict=True):
+            if choice is None:
+                fault = EngineFault(
+                    "ENGINE_FAILED", "the model gave no number to choose a token by"
+                )
+                self._end(sequence, FinishReason.ERROR, fault=fault)
+                continue
+            sequence.append((choice.token,))
+            reason = sequence.finished(self._limits)
+            if reason is not None or sequence.role is Role.PREFILL:
+                self._end(sequence, reason, choice=choice, keep_lease=reason is None)
+            else:
+                self._tell(sequence, choice=choice)
+
+    # Ends and outputs
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason | None = None,
+        *,
+        choice: Choice | None = None,
+        fault: EngineFault | None = None,
+        keep_lease: bool = False,
+    ) -> None:
+        """Ends a sequence; with neither reason nor choice it was cancelled: nobody is told."""
+        if sequence.phase in (Phase.ENDED, Phase.LEAVING):
+            return
+        if sequence.role is Role.PREFILL and not keep_lease:
+            self._store.release_lease(sequence.request.request_id)
+        if reason is not None or choice is not None:
+            self._finished += 1
+            self._tell(sequence, choice=choice, reason=reason, fault=fault)
+        fetching = sequence.phase in (Phase.FETCHING, Phase.RETURNING)
+        self._scheduler.end(sequence)
+        if fetching:
+            self._result.stop_fetches.append(sequence.serial)
+        else:
+            del self._live[sequence.serial]
+
+    def _tell(
+        self,
+        sequence: Sequence,
+        *,
+        choice: Choice | None = None,
+        reason: FinishReason | None = None,
+        fault: EngineFault | None = None,
+    ) -> None:
+        logprob = choice.logprob if choice is not None else None
+        live = self._live[sequence.serial]
+        report = None
+        if not live.reported and (sequence.phase is Phase.RUNNING or live.fetched is not None):
+            live.reported, report = True, _report(live)
+        output = TokenOutput(
+            request_id=sequence.request.request_id,
+            token_ids=() if choice is None else (choice.token,),
+            logprobs=() if logprob is None else (logprob,),
+            finish_reason=reason,
+            error=fault,
+            kv=report,
+            prefill_done=sequence.role is Role.PREFILL and choice is not None,
+        )
+        self._result.outputs.append((sequence.serial, output))
+
+
+def _report(live: _Live) -> KvReport:
+    sequence, fetched = live.sequence, live.fetched
+    have = min(sequence.computed, sequence.context)
+    computed = max(0, have - sequence.cached_tokens - sequence.fetched_tokens)
+    if fetched is None:
+        return KvReport(cached_tokens=sequence.cached_tokens, computed_tokens=computed)
+    exposed = 0.0 if sequence.held_back else max(0.0, fetched.ended - live.proceeded)
+    return KvReport(
+        transport=fetched.transport,
+        bytes=fetched.bytes,
+        blocks=fetched.blocks,
+        seconds=fetched.seconds,
+        exposed_seconds=exposed,
+        cached_tokens=sequence.cached_tokens,
+        computed_tokens=computed,
+        corrupt_blocks=fetched.corrupt_blocks,
+    )

@@ -1,0 +1,67 @@
+"""The step thread: commands in, steps, results out, until it is told to close and holds nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from services.engine.stepped.inbox import Close, Inbox
+from services.engine.stepped.step import Stepper, StepResult
+
+log = logging.getLogger(__name__)
+
+
+class StepThread:
+    """Runs a Stepper. `post` is called on the thread with what each step brought.
+
+    If the stepper breaks beyond one step, every live request fails and it goes on; if even that
+    fails the thread ends, and `died` is called with the error.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        inbox: Inbox,
+        post: Callable[[StepResult], None],
+        died: Callable[[Exception], None],
+    ) -> None:
+        self._stepper = stepper
+        self._inbox = inbox
+        self._post = post
+        self._died = died
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+
+    @property
+    def current(self) -> bool:
+        """Whether the caller runs on it."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Begins to step."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the end, which Close in the inbox brings about."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            busy = closing = False
+            while not (closing and self._stepper.idle):
+                commands = self._inbox.take(wait=not busy)
+                try:
+                    for command in commands:
+                        closing = closing or isinstance(command, Close)
+                        self._stepper.apply(command)
+                    busy = self._stepper.step()
+                except Exception as error:
+                    log.exception("the engine's books are in doubt; every request fails")
+                    self._stepper.fail_all(error)
+                    busy = False
+                result = self._stepper.finish()
+                if result:
+                    self._post(result)
+        except Exception as error:
+            log.exception("the engine's step thread ends")
+            self._died(error)

@@ -1,0 +1,76 @@
+"""The embedded engine: a Llama-family model on this machine's CPU, stepped by Tandem."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransfer.layout import KvLayout
+from services.engine.models.folder import resolve
+from services.engine.stepped.batch import AfterLayers, LoadedModel, StepBatch
+from services.engine.stepped.engine import SteppedEngine
+from services.engine.torch.model import Batch, LlamaModel
+from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+
+
+class TorchEngine(SteppedEngine):
+    """See api.Engine. start() raises what resolve() and LlamaModel.load() raise."""
+
+    def __init__(
+        self, model: ModelSettings, engine: EngineSettings, kv: KvSettings, *, host: str
+    ) -> None:
+        super().__init__(lambda: _load(model, engine), engine, kv, host=host)
+
+
+class _Steps:
+    """A LlamaModel as a stepped.batch.Model."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._model.layout
+
+    @property
+    def numerics(self) -> str:
+        return self._model.numerics
+
+    def bind(self, memory: NDArray[np.uint8]) -> None:
+        self._model.bind(memory)
+
+    def warm_up(self) -> None:
+        self._model.warm_up()
+
+    def forward(
+        self, batch: StepBatch, after_layers: AfterLayers | None, layers_per_piece: int
+    ) -> NDArray[np.float32]:
+        rows = Batch(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            query_starts=batch.query_starts,
+            block_tables=batch.block_tables,
+            logit_rows=batch.logit_rows,
+        )
+        return self._model.forward(rows, after_layers, layers_per_piece)
+
+
+def _load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
+    folder = resolve(model)
+    llama = LlamaModel.load(
+        folder.path,
+        dtype=engine.dtype,
+        kv_dtype=engine.kv_dtype,
+        block_tokens=engine.block_tokens,
+        batch_invariant=engine.batch_invariant,
+        threads=engine.threads,
+        device=engine.device,
+        model_name=folder.name,
+    )
+    return LoadedModel(
+        _Steps(llama),
+        folder.name,
+        min(folder.context_tokens, llama.config.positions),
+        folder.vocabulary,
+        folder.eos_token_ids,
+    )
