@@ -180,16 +180,19 @@ def up(
     """  # noqa: D301 - click's mark for lines to keep
     with plain_errors():
         from cli import flags
+        from cli.prepare import prepare
         from cli.up import Plan
         from cli.up import up as run_up
         from services.runtime import process
 
         file = flags.config(config, os.environ)
         frontend, coordinator = flags.ports(file, os.environ)
+        chosen = flags.texts(sets, model, engine)
+        prepare(file, os.environ, chosen, fetch=False)
         plan = Plan(
             prefill=prefill,
             decode=decode,
-            settings=flags.texts(sets, model, engine),
+            settings=chosen,
             config=file,
             port=frontend if port is None else port,
             coordinator_port=coordinator if coordinator_port is None else coordinator_port,
@@ -219,10 +222,13 @@ def demo(
         from cli import flags
         from cli.demo import Show
         from cli.demo import demo as run_demo
+        from cli.prepare import prepare
         from services.runtime import process
 
         file = flags.config(config, os.environ)
-        show = Show(prompt, prefill, decode, flags.texts(sets, model, engine), file, keep)
+        chosen = flags.texts(sets, model, engine)
+        prepare(file, os.environ, chosen, fetch=True)
+        show = Show(prompt, prefill, decode, chosen, file, keep)
         raise typer.Exit(process.run(lambda stop: run_demo(show, stop)))
 
 

@@ -1,0 +1,386 @@
+"""`tandem` as a person runs it: real processes, real signals, free ports, the scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from cli.child import Child, ChildFailedError
+from cli.cluster import ClusterError, Event, LocalCluster
+from services.runtime.client import Ask, Client, Turn
+
+SCRIPTED = {"engine.kind": "scripted", "engine.block_tokens": "4"}
+SLOW = SCRIPTED | {"engine.scripted_step_seconds": "0.05"}
+COMMAND = [sys.executable, "-m", "cli.main"]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    return [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+
+
+def up(*more: str, settings: dict[str, str] = SCRIPTED) -> list[str]:
+    return [*COMMAND, "up", "--port", "0", "--coordinator-port", "0", *flags(settings), *more]
+
+
+class Running:
+    """A command that runs, and what it has said so far."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = psutil.Popen(
+            command,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.said = ""
+
+    def until(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Reads on until the pattern has been said."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.said)):
+            left = deadline - time.monotonic()
+            assert left > 0, f"not said in {seconds} s: {pattern}\n{self.said}"
+            ready, _, _ = select.select([self.process.stdout], [], [], left)
+            if ready:
+                line = self.process.stdout.readline()
+                assert line, f"ended without saying {pattern}\n{self.said}"
+                self.said += line
+        return match
+
+    def rest(self, seconds: float = 60) -> int:
+        """Waits for the end, and returns the exit status."""
+        self.said += self.process.communicate(timeout=seconds)[0]
+        return self.process.returncode
+
+    def children(self) -> list[psutil.Process]:
+        return self.process.children(recursive=True)
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[Running]:
+    """Ends it at the end, and proves that nothing it started is left."""
+    run = Running(command)
+    seen: set[psutil.Process] = set()
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen.update(run.children())
+            run.process.kill()
+        run.process.wait(10)
+        all_gone(seen)
+
+
+def all_gone(processes, seconds: float = 10) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def roles(processes: list[psutil.Process]) -> list[str]:
+    lines = [process.cmdline() for process in processes]
+    return sorted(line[line.index("serve") + 1] for line in lines)
+
+
+# --- one process -------------------------------------------------------------------------------
+
+
+async def start(tmp_path, *arguments: str) -> Child:
+    return await Child.start(
+        "it", arguments, log=tmp_path / "it.log", environment=ENVIRONMENT, timeout=30
+    )
+
+
+async def test_a_child_starts_says_where_and_ends(tmp_path):
+    child = await start(tmp_path, "coordinator", "--port", "0")
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", child.address)
+    assert "ready at" in child.log.read_text()
+    assert await child.end(10) == 0
+
+
+async def test_a_child_that_can_not_start_shows_its_log(tmp_path):
+    with pytest.raises(ChildFailedError) as caught:
+        await start(tmp_path, "coordinator", "--host", "192.0.2.1")
+    assert "it ended with exit status 1" in str(caught.value)
+    assert "server.allow_unauthenticated_remote" in str(caught.value)
+
+
+async def test_a_child_that_is_stopped_is_ended_too(tmp_path):
+    child = await start(tmp_path, "coordinator", "--port", "0")
+    child.kill(signal.SIGSTOP)
+    assert await child.end(10) == 0
+
+
+async def test_a_cancelled_start_leaves_no_process(tmp_path):
+    starting = asyncio.create_task(start(tmp_path, "coordinator", "--port", "0"))
+    me = psutil.Process()
+    while not (mine := me.children()):  # noqa: ASYNC110 - what is awaited is the system's
+        await asyncio.sleep(0.01)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    all_gone(mine, seconds=1)
+
+
+# --- LocalCluster ------------------------------------------------------------------------------
+
+
+async def test_a_cluster_starts_answers_and_leaves_nothing():
+    events: list[Event] = []
+    async with LocalCluster(prefill=1, decode=2, settings=SCRIPTED, on_event=events.append) as it:
+        assert it.names == ["coordinator", "frontend", "prefill-0", "decode-0", "decode-1"]
+        processes = [psutil.Process(pid) for pid in it.pids.values()]
+        assert len(processes) == 5
+        async with Client(it.address("frontend"), it.address("coordinator")) as client:
+            status = await client.status()
+            names = sorted(w.worker_id.rpartition("-")[0] for w in status.workers)
+            assert names == ["decode-0", "decode-1", "prefill-0"]
+            ask = Ask([Turn("user", "hi")], sampling={"max_tokens": 5, "ignore_eos": True})
+            pieces = [piece async for piece in client.stream(ask)]
+            assert sum(len(piece.token_ids) for piece in pieces) == 5
+            assert pieces[-1].end.completion_tokens == 5
+    all_gone(processes, seconds=0)
+    assert next(e.process for e in events if e.phase == "ready") == "coordinator"
+    assert sum(e.phase == "ended" for e in events) == 5
+
+
+async def test_a_cluster_that_can_not_start_says_why_and_leaves_nothing():
+    me = psutil.Process()
+    before = set(me.children())
+    with pytest.raises(ClusterError, match=r"no-such-folder"):
+        await LocalCluster(settings=SCRIPTED | {"model.path": "/no-such-folder"}).start()
+    assert set(me.children()) == before
+
+
+async def test_a_dead_process_comes_back_under_its_name_and_a_frontend_at_its_port():
+    ready: asyncio.Queue[str] = asyncio.Queue()
+
+    def on_event(event: Event) -> None:
+        if event.phase == "ready":
+            ready.put_nowait(event.process)
+
+    async with LocalCluster(settings=SCRIPTED, restart=True, on_event=on_event) as it:
+        for _ in range(4):
+            await ready.get()
+        address = it.address("frontend")
+        for name in ("frontend", "decode-0"):
+            pid = it.pids[name]
+            it.kill(name, signal.SIGKILL)
+            assert await asyncio.wait_for(ready.get(), 60) == name
+            assert it.pids[name] != pid
+        assert it.address("frontend") == address
+
+
+async def test_a_restarted_coordinator_has_its_port_and_its_workers_again():
+    async with LocalCluster(settings=SCRIPTED) as it:
+        address = it.address("coordinator")
+        it.kill("coordinator", signal.SIGKILL)
+        await it.restart("coordinator")
+        assert it.address("coordinator") == address
+        async with Client(it.address("frontend"), address) as client:
+            async with asyncio.timeout(30):
+                while len((await client.status()).workers) < 2:  # noqa: ASYNC110 - elsewhere
+                    await asyncio.sleep(0.05)
+
+
+async def test_a_process_that_ends_badly_is_told():
+    def on_event(event: Event) -> None:
+        if (event.process, event.phase) == ("decode-0", "stopping"):
+            it.kill("decode-0", signal.SIGKILL)
+
+    it = LocalCluster(settings=SCRIPTED, on_event=on_event)
+    await it.start()
+    with pytest.raises(ClusterError, match=r"decode-0 was ended by SIGKILL"):
+        await it.stop()
+    assert it.pids == {}
+
+
+# --- tandem up ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_runs_until_a_signal_and_ends_in_good_order(number):
+    with running(up("--prefill", "2", "--decode", "2")) as it:
+        address = it.until(r"frontend ([\d.]+:\d+)")[1]
+        processes = it.children()
+        assert roles(processes) == [
+            "coordinator",
+            "decode",
+            "decode",
+            "frontend",
+            "prefill",
+            "prefill",
+        ]
+        answer = subprocess.run(
+            [*COMMAND, "generate", "hello", "-a", address, "-n", "4", "--json"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout)["completion_tokens"] == 4
+        it.process.send_signal(number)
+        assert it.rest() == 0, it.said
+        all_gone(processes, seconds=0)
+        assert "draining" in it.said
+
+
+def test_ctrl_c_lets_a_running_answer_finish():
+    with running(up(settings=SLOW)) as it:
+        address = it.until(r"frontend ([\d.]+:\d+)")[1]
+        asking = Running([*COMMAND, "generate", "hello", "-a", address, "-n", "40", "--stats"])
+        asking.until(r"\S")
+        it.process.send_signal(signal.SIGINT)
+        assert asking.rest() == 0, asking.said
+        assert re.search(r"40 generated|\(stop\)", asking.said)
+        assert it.rest() == 0, it.said
+
+
+def test_a_second_ctrl_c_ends_all_at_once():
+    with running(up(settings=SLOW)) as it:
+        address = it.until(r"frontend ([\d.]+:\d+)")[1]
+        processes = it.children()
+        asking = Running([*COMMAND, "generate", "hello", "-a", address, "-n", "4000"])
+        asking.until(r"\S")
+        it.process.send_signal(signal.SIGINT)
+        it.until("draining")
+        start = time.monotonic()
+        it.process.send_signal(signal.SIGINT)
+        assert it.rest() == 128 + signal.SIGINT
+        assert time.monotonic() - start < 5
+        all_gone(processes, seconds=0)
+        assert asking.rest() != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PDEATHSIG")
+@pytest.mark.parametrize("when", ["starting", "up"])
+def test_kill_9_of_up_leaves_no_child(when):
+    with running(up()) as it:
+        it.until("frontend: starting" if when == "starting" else r"frontend [\d.]+:\d+")
+        processes = it.children()
+        assert processes
+        it.process.kill()
+        it.process.wait()
+        all_gone(processes)
+
+
+def test_ctrl_c_while_it_starts():
+    with running(up()) as it:
+        it.until("frontend: starting")
+        processes = it.children()
+        it.process.send_signal(signal.SIGINT)
+        assert it.rest() == 130
+        all_gone(processes, seconds=0)
+
+
+def test_a_killed_worker_is_shown_and_started_again():
+    with running(up()) as it:
+        it.until(r"frontend [\d.]+:\d+")
+        (decode,) = [p for p in it.children() if "decode" in p.cmdline()]
+        decode.kill()
+        it.until(r"decode-0: died was ended by SIGKILL; starts again in 0.5 s")
+        it.until(r"(?s)died.*decode-0: ready")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.rest() == 0, it.said
+
+
+def test_without_restart_up_ends_when_nothing_is_left():
+    with running(up("--no-restart")) as it:
+        it.until(r"frontend [\d.]+:\d+")
+        for process in it.children():
+            process.kill()
+        assert it.rest() == 1
+        assert "every process has ended" in it.said
+
+
+def test_a_taken_port_is_named_and_nothing_is_left():
+    with running(up()) as it:
+        port = it.until(r"frontend [\d.]+:(\d+)")[1]
+        other = subprocess.run(
+            up("--port", port), env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        assert other.returncode == 1
+        assert f"port {port} is taken" in other.stderr
+        it.process.send_signal(signal.SIGTERM)
+        assert it.rest() == 0
+
+
+def test_logs_are_kept_where_they_were_asked_for(tmp_path):
+    with running(up("--logs", str(tmp_path / "logs"))) as it:
+        it.until(r"frontend [\d.]+:\d+")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.rest() == 0
+    names = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert names == {"coordinator.log", "frontend.log", "prefill-0.log", "decode-0.log"}
+
+
+# --- on a terminal -----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(command[0], command, ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "120"})
+        self.said = ""
+
+    def until(self, found: Callable[[str], object], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not found(self.said):
+            left = deadline - time.monotonic()
+            assert left > 0, self.said
+            if select.select([self.fd], [], [], left)[0]:
+                self.said += os.read(self.fd, 65536).decode(errors="replace")
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError):  # how a pseudo-terminal says that it is over
+            while data := os.read(self.fd, 65536):
+                self.said += data.decode(errors="replace")
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_up_and_chat_on_terminals():
+    """Ctrl-C as the terminal sends it: to the whole foreground group."""
+    cluster = Terminal(up(settings=SLOW))
+    try:
+        cluster.until(lambda said: re.search(r"decode-0-\w+", said) and "KV used" in said)
+        address = re.search(r"frontend ([\d.]+:\d+)", cluster.said)[1]
+        processes = psutil.Process(cluster.pid).children(recursive=True)
+        chat = Terminal([*COMMAND, "chat", "-a", address, "-n", "2000", "--stats"])
+        chat.until(lambda said: said.count("> ") == 1)
+        before = len(chat.said)
+        chat.type("hello\n")
+        chat.until(lambda said: len(said) > before + 30)
+        chat.type("\x03")
+        chat.until(lambda said: "(stopped)" in said and said.count("> ") == 2)
+        chat.type("\x04")
+        assert chat.end() == 0
+        cluster.type("\x03")
+        assert cluster.end() == 0, cluster.said
+        all_gone(processes, seconds=0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(cluster.pid, signal.SIGKILL)
