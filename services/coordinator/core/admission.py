@@ -35,6 +35,10 @@ class Waiting:
     deadline: float | None
     overtaken: int = 0
 
+    def late(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and self.deadline <= now
+
 
 @dataclass(slots=True)
 class Queue:
@@ -106,12 +110,7 @@ class Queue:
 
     def late(self, now: float) -> list[Waiting]:
         """Requests whose deadline has passed."""
-        return [
-            entry
-            for lane in self._lanes.values()
-            for entry in lane.values()
-            if entry.deadline is not None and entry.deadline <= now
-        ]
+        return [e for lane in self._lanes.values() for e in lane.values() if e.late(now)]
 
 
 @dataclass(slots=True)

@@ -185,7 +185,7 @@ class Core:
     def _place(self, event: m.PlaceRequested, now: float) -> None:
         entry = Waiting(event.ticket, event.request, now, event.deadline)
         lane = event.request.model
-        if event.deadline is not None and event.deadline <= now:
+        if entry.late(now):
             self._refuse(event.ticket, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"))
             return
         if self.queue.open_to_newcomers(lane):
@@ -323,6 +323,9 @@ class Core:
     def _serve_one(self, lane: str, now: float) -> bool:
         """Answers one request of a lane if it can; so the next one may get its turn."""
         for entry in self.queue.head(lane):
+            if entry.late(now):
+                self._refuse_late(entry, now)
+                return True
             outcome = self._decide(entry.request, now)
             if isinstance(outcome, Blocked):
                 if outcome.everyone:
@@ -335,6 +338,11 @@ class Core:
             self._answer(entry, outcome, now)
             return True
         return False
+
+    def _refuse_late(self, entry: Waiting, now: float) -> None:
+        self.queue.remove(entry.ticket)
+        words = f"no worker had room in the {now - entry.since:.3f} s until the deadline"
+        self._refuse(entry.ticket, m.Refusal(m.Reason.DEADLINE, words))
 
     def _refuse_hopeless(self) -> None:
         """Refuses those that nobody can serve any more, wherever in the queue they stand."""
@@ -354,9 +362,7 @@ class Core:
             if worker.feed.overdue(now):
                 self._out.append(m.AskResync(worker.stream))
         for entry in self.queue.late(now):
-            self.queue.remove(entry.ticket)
-            words = f"no worker had room within the {now - entry.since:.3f} s to the deadline"
-            self._refuse(entry.ticket, m.Refusal(m.Reason.DEADLINE, words))
+            self._refuse_late(entry, now)
         if not self._settled and now - self.started >= self._rules.lease_seconds:
             self._settled = self._recheck = True
         if self._recheck and self._settled:

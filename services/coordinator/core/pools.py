@@ -123,7 +123,9 @@ class Pools:
         """Takes a worker in, or takes note of its standing and load; see Side.put."""
         info = worker.info
         layouts = self._pools.setdefault(info.model, {})
-        pool = layouts.setdefault(info.kv_layout, Pool(info.model, info.kv_layout))
+        pool = layouts.get(info.kv_layout)
+        if pool is None:
+            pool = layouts[info.kv_layout] = Pool(info.model, info.kv_layout)
         pool.side(info.role).put(worker, turn=turn)
         if pool.empty:
             del layouts[info.kv_layout]

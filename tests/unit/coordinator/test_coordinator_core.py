@@ -293,6 +293,26 @@ class TestQueue:
         cluster.wait(0.1)
         assert [cluster.answers[t].refusal.reason for t in tickets] == [R.NO_WORKERS] * 2
 
+    def test_those_without_hope_are_told_wherever_in_the_queue_they_stand(self, make_cluster):
+        cluster = self.full(make_cluster, limit=50)
+        cluster.worker("decode-1", max_running=1)
+        for _ in range(2):
+            cluster.place(32)
+        for _ in range(20):
+            cluster.ask(32)
+        ticket = cluster.ask(32, exclude={"decode-0"})
+        cluster.do(m.StreamLost(cluster.streams["decode-1"]))
+        cluster.wait(0.1)
+        assert cluster.answers[ticket].refusal.reason is R.NO_WORKERS
+        assert len(cluster.core.queue) == 20
+
+    def test_one_past_its_deadline_is_not_placed_though_no_tick_came_first(self, make_cluster):
+        cluster = self.full(make_cluster)
+        ticket = cluster.ask(32, timeout=1.0)
+        cluster.now += 1.0
+        cluster.beat("decode-0")
+        assert cluster.answers[ticket].refusal.reason is R.DEADLINE
+
     def test_one_huge_prompt_does_not_stop_the_others_nor_do_they_starve_it(self, make_cluster):
         cluster = make_cluster(queue_limit=100, local=4096)
         cluster.worker("decode-0", total_blocks=64, max_running=100, context_tokens=2000)
