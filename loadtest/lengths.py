@@ -9,14 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
+from loadtest.errors import LengthsError
+
 ALLOWED = (
     "a number (512), uniform:LOW:HIGH (uniform:16:256), or lognormal:MEDIAN:SIGMA:MAX "
     "(lognormal:400:0.8:4096)"
 )
-
-
-class LengthsError(ValueError):
-    """The text does not describe a distribution of lengths; the message says what would."""
 
 
 class Lengths(Protocol):

@@ -13,10 +13,6 @@ Loop = Literal["open", "closed"]
 ArrivalProcess = Literal["poisson", "constant", "trace"]
 
 
-class OptionsError(ValueError):
-    """Options that contradict each other or can't be served; the message says what to change."""
-
-
 @dataclass(frozen=True, slots=True)
 class Load:
     """When requests start, and when the run ends."""
@@ -54,7 +50,6 @@ class Prompts:
     prefixes: int = 1
     trace: str = ""
     """File whose lengths and shared prefixes are used instead."""
-    trace_limit: int | None = None
     scale: float = 1.0
     max_input: int | None = None
     max_output: int | None = None

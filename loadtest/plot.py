@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.errors import PlotUnavailableError
 from loadtest.measures import Distribution
 from loadtest.report import Report
-
-
-class PlotUnavailableError(Exception):
-    """matplotlib is not installed; the message says how to get it."""
 
 
 def check_available() -> None:

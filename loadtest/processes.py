@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from loadtest.errors import ProcessError
+
 OWN_NAME = "loadtest"
 """Name of this process among the measured ones."""
 
@@ -33,15 +35,21 @@ class ProcessUsage:
 class ProcessMeter:
     """Samples processes; `sample` often, since what was not sampled is lost if one dies.
 
-    Raises psutil.Error for a pid that does not exist or may not be read.
+    Raises ProcessError for a pid that does not exist or may not be read.
     """
 
     def __init__(self, pids: Mapping[str, int], *, own: bool = True) -> None:
         named = dict(pids)
         if own:
             named[OWN_NAME] = os.getpid()
-        self._processes = {name: psutil.Process(pid) for name, pid in named.items()}
-        self._first = {name: _read(process) for name, process in self._processes.items()}
+        self._processes: dict[str, psutil.Process] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        for name, pid in named.items():
+            try:
+                self._processes[name] = psutil.Process(pid)
+                self._first[name] = _read(self._processes[name])
+            except psutil.Error as error:
+                raise ProcessError(f"{name}, pid {pid}, can't be measured: {error}") from None
         self._last = dict(self._first)
         self._most = {name: rss for name, (_, rss) in self._first.items()}
         self._gone: set[str] = set()

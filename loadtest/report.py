@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from loadtest.drive import Ended
 from loadtest.environment import Environment
+from loadtest.errors import ReportError
 from loadtest.measures import Numbers
 from loadtest.options import LoadOptions
 from loadtest.outcome import Outcome
@@ -17,10 +18,6 @@ from loadtest.processes import ProcessUsage
 
 SCHEMA = "tandem.loadtest/1"
 """The number goes up when a reader of the old form would misread the new one."""
-
-
-class ReportError(ValueError):
-    """The file is no report of this schema."""
 
 
 @dataclass(frozen=True, slots=True)

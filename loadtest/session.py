@@ -12,7 +12,8 @@ from pathlib import Path
 
 from loadtest import arrivals, environment, lengths, measures, report, traces
 from loadtest.drive import Bounds, Ended, Run
-from loadtest.options import LoadOptions, OptionsError
+from loadtest.errors import OptionsError, WarmupError
+from loadtest.options import LoadOptions
 from loadtest.outcome import Outcome, Progress
 from loadtest.processes import ProcessMeter
 from loadtest.view import View
@@ -25,10 +26,6 @@ SAMPLE_SECONDS = 0.25
 
 WARM_UP_SEED = 1 << 64
 """Added to the seed, and above all that users give."""
-
-
-class WarmupError(Exception):
-    """A request failed before the run began; the message says why and what to look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ def plan(options: LoadOptions, window_tokens: int) -> Plan:
         raise OptionsError(
             f"token ids from {prompts.first_token} to below {prompts.end_token}: the range is empty"
         )
-    rows = traces.read(Path(prompts.trace), prompts.trace_limit) if prompts.trace else ()
+    rows = traces.read(Path(prompts.trace), load.requests) if prompts.trace else ()
     source, notes = _source(options, rows, window_tokens)
     workload = Workload(
         source, options.seed, prompts.first_token, prompts.end_token, prompts.sampling
@@ -130,17 +127,15 @@ async def run(
     """Puts the load on and reports; setting `stop` ends it early, with the report so far.
 
     `on_memory(seconds, requests ended, resident bytes by process)` is called at every sample.
-    Raises OptionsError and its like, ModelError, AioRpcError if the server can't be reached,
-    psutil.Error for a pid that can't be measured, WarmupError.
+    Raises LoadTestError, and CallFailedError if the server can't be reached.
     """
     channels = Channels()
     try:
-        channel = channels.get(options.address)
-        model, window = await context_tokens(channel, options.model)
+        model, window = await context_tokens(channels, options.address, options.model)
         planned = plan(options, window)
         before = environment.here()
         client = InferenceClient(
-            channel,
+            channels.get(options.address),
             model=model,
             sampling=options.prompts.sampling,
             timeout_seconds=options.load.timeout_seconds,

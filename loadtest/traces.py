@@ -18,13 +18,11 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
+from loadtest.errors import TraceError
+
 MOONCAKE_BLOCK_TOKENS = 512
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-
-class TraceError(ValueError):
-    """The file is no trace that can be read; the message has file, line and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)

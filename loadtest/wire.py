@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import grpc
 
+from loadtest.errors import ModelError
 from loadtest.outcome import OK, TRUNCATED, WRONG_COUNT, Progress, Served
 from loadtest.workload import RequestPlan, SamplingSpec
+from services.runtime.channels import Channels
+from services.runtime.client import CallFailedError
 from services.runtime.errors import from_rpc
 from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -114,29 +118,37 @@ def _reason(error: grpc.aio.AioRpcError) -> tuple[str, str]:
     return f"RPC_{error.code().name}", error.details() or ""
 
 
-class ModelError(Exception):
-    """The model asked for is not served, or cannot take the workload."""
-
-
-async def context_tokens(channel: grpc.aio.Channel, model: str) -> tuple[str, int]:
-    """Name and context window of the model to load. Raises ModelError, AioRpcError."""
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
-    answer = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=STATUS_SECONDS)
+async def context_tokens(channels: Channels, address: str, model: str) -> tuple[str, int]:
+    """Name and context window of the model to load. Raises ModelError, CallFailedError."""
+    stub = inference_pb2_grpc.InferenceServiceStub(channels.get(address))
+    with _failures(address):
+        answer = await stub.ListModels(inference_pb2.ListModelsRequest(), timeout=STATUS_SECONDS)
     served = {m.name: m.context_tokens for m in answer.models}
     names = ", ".join(served) or "none"
     if model and model not in served:
-        raise ModelError(f"model {model!r} is not served; served: {names}")
+        raise ModelError(f"model {model!r} is not served at {address}; served: {names}")
     if not model and len(served) != 1:
-        raise ModelError(f"name the model to load (--model); served: {names}")
+        raise ModelError(f"name the model to load; served at {address}: {names}")
     name = model or next(iter(served))
     return name, served[name]
 
 
-async def worker_pids(channel: grpc.aio.Channel) -> dict[str, int]:
-    """Workers of a coordinator that run on this machine: id to pid. Raises AioRpcError."""
-    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-    answer = await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=STATUS_SECONDS)
+async def worker_pids(channels: Channels, coordinator: str) -> dict[str, int]:
+    """Workers of a coordinator that run on this machine: id to pid. Raises CallFailedError."""
+    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channels.get(coordinator))
+    with _failures(coordinator):
+        answer = await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=STATUS_SECONDS)
     here = socket.gethostname()
     return {
         w.info.worker_id: w.info.pid for w in answer.workers if w.info.host == here and w.info.pid
     }
+
+
+@contextmanager
+def _failures(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        known = from_rpc(error)
+        reason, words = (known.reason, known.message) if known else ("", error.details() or "")
+        raise CallFailedError(address, error.code().name, reason, words) from None
