@@ -65,13 +65,6 @@ class BlocksNotHeldError(KvError):
     code = "NOT_FOUND"
 
 
-class FetchTimeoutError(KvError):
-    """The blocks did not become ready within the call's deadline."""
-
-    reason = "FETCH_TIMEOUT"
-    code = "DEADLINE_EXCEEDED"
-
-
 class InvalidFetchError(KvError):
     """A fetch asks for something that can't be meant."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Header:
 class Segment:
     """Zeroed memory for `data_bytes` bytes, shared by descriptor where the system can.
 
-    Physical memory is taken as it is first touched.
+    Physical memory is taken as it is first touched. The descriptor is closed with the segment.
     """
 
     def __init__(self, data_bytes: int, nonce: bytes) -> None:
@@ -52,6 +53,8 @@ class Segment:
         size = HEADER_BYTES + data_bytes
         self.fd, self.why_not_shared = _create(size)
         """Descriptor of the memory, None if it can't be shared, and then why."""
+        if self.fd is not None:
+            self._closer = weakref.finalize(self, os.close, self.fd)
         mapped = mmap.mmap(-1 if self.fd is None else self.fd, size)
         mapped[: _HEADER.size] = _HEADER.pack(_MAGIC, _VERSION, nonce, data_bytes)
         self.data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8, offset=HEADER_BYTES)
@@ -60,7 +63,7 @@ class Segment:
     def close(self) -> None:
         """Gives the descriptor up: nobody can map the memory any more. Idempotent."""
         if self.fd is not None:
-            os.close(self.fd)
+            self._closer()
             self.fd = None
 
 

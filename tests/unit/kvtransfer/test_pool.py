@@ -25,7 +25,8 @@ def test_the_end_of_a_sequence_is_evicted_before_its_start():
     assert removed == [KEYS[2]]
     _, removed = pool.allocate(1)
     assert removed == [KEYS[1]]
-    assert pool.match(KEYS[:3]) and pool.find(KEYS[0]) is not None
+    assert pool.match(KEYS[:3])
+    assert pool.find(KEYS[0]) is not None
 
 
 def test_least_recently_used_goes_first():
@@ -58,7 +59,8 @@ def test_second_block_of_a_key_stays_private():
     (a, b), _ = pool.allocate(2)
     pool.begin(a, KEYS[0])
     pool.begin(b, KEYS[0])
-    assert pool.commit(a) and not pool.commit(b)
+    assert pool.commit(a)
+    assert not pool.commit(b)
     pool.release([b])
     assert (pool.free, pool.held) == (1, 1)
 
@@ -70,7 +72,8 @@ def test_a_block_beginning_anew_leaves_the_index():
     pool.commit(block)
     before = pool.generation(block)
     assert pool.begin(block, KEYS[1]) == KEYS[0]
-    assert pool.generation(block) > before and pool.find(KEYS[0]) is None
+    assert pool.generation(block) > before
+    assert pool.find(KEYS[0]) is None
 
 
 def test_shared_content_can_not_change():
@@ -88,7 +91,8 @@ def test_bad_release_changes_nothing(blocks):
     pool.allocate(1)
     with pytest.raises(ValueError):
         pool.release(blocks)
-    assert pool.held == 1 and pool.references(0) == 1
+    assert pool.held == 1
+    assert pool.references(0) == 1
     pool.check_integrity()
 
 
@@ -118,11 +122,13 @@ class PoolAgainstModel(RuleBasedStateMachine):
         evicted, self.lru = self.lru[: max(0, count - free)], self.lru[max(0, count - free) :]
         expected = [self.begun[b] for b in evicted]
         blocks, removed = self.pool.allocate(count)
-        assert removed == expected and len(blocks) == count
+        assert removed == expected
+        assert len(blocks) == count
         for block in evicted:
             del self.index[self.begun.pop(block)]
         for block in blocks:
-            assert block not in self.references and block not in self.lru
+            assert block not in self.references
+            assert block not in self.lru
             self.references[block] = 1
             self.begun.pop(block, None)
             assert self.pool.generation(block) > self.generations[block]

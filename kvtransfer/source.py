@@ -1,0 +1,127 @@
+"""The source's end of the KV plane: KvTransferService over a store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from kvtransfer import wire
+from kvtransfer.errors import InvalidFetchError, KvError, LayoutMismatchError
+from kvtransfer.negotiate import choose
+from kvtransfer.store import KvStore
+from kvtransfer.transports.base import Transport
+from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
+from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+PIECES_PER_MESSAGE = 256
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
+    """Raises KvErrors, which the server it is added to maps to statuses.
+
+    `transports` are those offered, best first; `not_offered` says of others why they can't be.
+    Runs on one event loop; the engine's thread talks to the store, never to this.
+    """
+
+    def __init__(
+        self,
+        store: KvStore,
+        transports: Sequence[Transport],
+        not_offered: Mapping[str, str],
+        lease_seconds: float,
+    ) -> None:
+        self.refused = 0
+        """Fetches turned down before they began."""
+        self._store = store
+        self._transports = {t.name: t for t in transports}
+        self._not_offered = not_offered
+        self._lease_seconds = lease_seconds
+
+    async def Describe(  # noqa: N802
+        self, request: pb.DescribeRequest, context: _Context
+    ) -> pb.DescribeResponse:
+        """The layout and the offers."""
+        layout = self._store.layout
+        return pb.DescribeResponse(
+            kv_layout=layout.fingerprint,
+            layout_fields=layout.fields(),
+            offers=[wire.offer_to(t.source_offer()) for t in self._transports.values()],
+        )
+
+    async def Fetch(  # noqa: N802
+        self, request: pb.FetchRequest, context: _Context
+    ) -> AsyncIterator[pb.FetchResponse]:
+        """Announces pieces as they become readable, until all were.
+
+        Raises InvalidFetchError, LayoutMismatchError, NoTransportError, LeaseLostError,
+        BlocksNotHeldError. When the deadline passes, gRPC cancels it like any call.
+        """
+        try:
+            wanted, opened = self._open(request, context)
+        except KvError:
+            self.refused += 1
+            raise
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        watch = self._store.watch(
+            wanted.lease_id,
+            wanted.keys,
+            lambda: _wake(loop, news),
+            self._lease_seconds,
+        )
+        try:
+            yield opened
+            while watch.remaining:
+                news.clear()
+                pieces = self._store.take(watch, PIECES_PER_MESSAGE)
+                if pieces:
+                    yield wire.ready_to(pieces)
+                else:
+                    await news.wait()
+        finally:
+            self._store.unwatch(watch)
+
+    async def Release(  # noqa: N802
+        self, request: pb.ReleaseRequest, context: _Context
+    ) -> pb.ReleaseResponse:
+        """Ends a lease; any number of times."""
+        if not request.lease_id:
+            raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
+        return pb.ReleaseResponse(was_live=self._store.release_lease(request.lease_id))
+
+    def _open(
+        self, request: pb.FetchRequest, context: _Context
+    ) -> tuple[wire.Wanted, pb.FetchResponse]:
+        wanted = wire.wanted_from(request)
+        layout = self._store.layout
+        if wanted.kv_layout != layout.fingerprint:
+            raise LayoutMismatchError.between(layout.fields(), wanted.layout_fields)
+        if len(wanted.keys) > self._store.total_blocks:
+            raise InvalidFetchError(
+                f"keys: {len(wanted.keys)} are more than the blocks here",
+                field="keys",
+            )
+        if context.time_remaining() is None:
+            raise InvalidFetchError("a fetch needs a deadline", field="deadline")
+        choice = choose(
+            [t.source_offer() for t in self._transports.values()],
+            wanted.offers,
+            self._transports,
+            self._not_offered,
+        )
+        log.debug("fetch %s of lease %s: %s", wanted.fetch_id, wanted.lease_id, choice.why)
+        ticket = self._transports[choice.name].ticket()
+        return wanted, wire.opened_to(ticket, choice.why, self._lease_seconds)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    """From any thread; a loop that is gone has nobody to wake."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(news.set)

@@ -1,0 +1,174 @@
+"""The KV plane's messages, to and from what this room works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from kvtransfer.errors import (
+    BlocksNotHeldError,
+    InvalidFetchError,
+    KvError,
+    KvSourceLostError,
+    LayoutMismatchError,
+    LeaseLostError,
+    NoTransportError,
+)
+from kvtransfer.keys import KEY_BYTES
+from kvtransfer.layout import KvLayout
+from kvtransfer.pieces import Piece
+from kvtransfer.transports.base import Offer
+from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A fetch as its sink asks for it."""
+
+    fetch_id: str
+    lease_id: str
+    kv_layout: str
+    layout_fields: Mapping[str, str]
+    keys: tuple[bytes, ...]
+    offers: tuple[Offer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A fetch as its source agreed to it."""
+
+    ticket: Offer
+    why: str
+    lease_seconds: float
+
+
+def offer_to(offer: Offer) -> pb.TransportOffer:
+    """To the wire."""
+    return pb.TransportOffer(name=offer.name, attributes=offer.attributes)
+
+
+def offer_from(message: pb.TransportOffer) -> Offer:
+    """From the wire."""
+    return Offer(message.name, dict(message.attributes))
+
+
+def wanted_to(
+    fetch_id: str, lease_id: str, layout: KvLayout, keys: Sequence[bytes], offers: Iterable[Offer]
+) -> pb.FetchRequest:
+    """A sink's request."""
+    return pb.FetchRequest(
+        fetch_id=fetch_id,
+        lease_id=lease_id,
+        kv_layout=layout.fingerprint,
+        layout_fields=layout.fields(),
+        keys=keys,
+        offers=[offer_to(o) for o in offers],
+    )
+
+
+def wanted_from(message: pb.FetchRequest) -> Wanted:
+    """What a sink asks for. Raises InvalidFetchError that names the field."""
+    keys = tuple(message.keys)
+    if not message.lease_id:
+        raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
+    if not keys:
+        raise InvalidFetchError("keys: none is not allowed; at least one is needed", field="keys")
+    if any(len(key) != KEY_BYTES for key in keys):
+        raise InvalidFetchError(f"keys: each must have {KEY_BYTES} bytes", field="keys")
+    if len(set(keys)) != len(keys):
+        raise InvalidFetchError("keys: the same one twice is not allowed", field="keys")
+    return Wanted(
+        message.fetch_id,
+        message.lease_id,
+        message.kv_layout,
+        dict(message.layout_fields),
+        keys,
+        tuple(offer_from(o) for o in message.offers),
+    )
+
+
+def opened_to(ticket: Offer, why: str, lease_seconds: float) -> pb.FetchResponse:
+    """A source's first answer."""
+    return pb.FetchResponse(
+        opened=pb.FetchOpened(
+            transport=offer_to(ticket), why=why, lease_ms=round(lease_seconds * 1000)
+        )
+    )
+
+
+def opened_from(message: pb.FetchResponse) -> Opened | None:
+    """The source's first answer, None if this is another."""
+    if message.WhichOneof("message") != "opened":
+        return None
+    opened = message.opened
+    return Opened(offer_from(opened.transport), opened.why, opened.lease_ms / 1000)
+
+
+def ready_to(pieces: Iterable[Piece]) -> pb.FetchResponse:
+    """Pieces that can be read."""
+    return pb.FetchResponse(
+        ready=pb.FetchReady(
+            pieces=[
+                pb.Piece(
+                    key_index=p.key_index,
+                    first_layer=p.first_layer,
+                    layers=p.layers,
+                    offset=p.offset,
+                    length=p.length,
+                    generation=p.generation,
+                    checksum=p.checksum,
+                )
+                for p in pieces
+            ]
+        )
+    )
+
+
+def ready_from(message: pb.FetchResponse) -> list[Piece]:
+    """Pieces that can be read."""
+    return [
+        Piece(
+            key_index=p.key_index,
+            first_layer=p.first_layer,
+            layers=p.layers,
+            offset=p.offset,
+            length=p.length,
+            generation=p.generation,
+            checksum=p.checksum,
+        )
+        for p in message.ready.pieces
+    ]
+
+
+_AS_THEY_ARE: dict[str, type[KvError]] = {
+    kind.reason: kind for kind in (LayoutMismatchError, NoTransportError, InvalidFetchError)
+}
+_SOURCE_LOST = {kind.reason for kind in (LeaseLostError, BlocksNotHeldError)}
+
+
+def error_from(error: grpc.aio.AioRpcError, address: str) -> KvError:
+    """What a failed call means for the sink.
+
+    A refusal that would come again wherever the sink asked is that error; all else means that the
+    source is lost to it.
+    """
+    status = rpc_status.from_call(error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if not detail.Unpack(info):
+            continue
+        words, metadata = error.details() or info.reason, dict(info.metadata)
+        if info.reason in _AS_THEY_ARE:
+            return _AS_THEY_ARE[info.reason](words, **metadata)
+        if info.reason in _SOURCE_LOST:
+            return KvSourceLostError(words, cause=info.reason, address=address, **metadata)
+    code = error.code()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        words = "it did not have everything ready in time"
+    else:
+        words = f"{code.name}: {error.details() or 'no details'}"
+    return KvSourceLostError(f"source {address}: {words}", cause=code.name, address=address)
