@@ -222,8 +222,13 @@ class World(Book):
             held = worker.held
             stored, removed = held - worker.told, worker.told - held
             worker.told, worker.sequence = held, worker.sequence + 1
+            snapshot = self.random.random() < 0.1
             event = m.WorkerKvEvents(
-                worker.stream, worker.sequence, False, tuple(sorted(stored)), tuple(sorted(removed))
+                stream=worker.stream,
+                sequence=worker.sequence,
+                snapshot=snapshot,
+                stored=tuple(sorted(held if snapshot else stored)),
+                removed=() if snapshot else tuple(sorted(removed)),
             )
             self.send(worker, event)
         if again and self.storm:

@@ -3,13 +3,15 @@
 gRPC keeps a stream's order, so a gap means that the worker (or what stands between) lost something.
 Then a snapshot is asked for, and whatever arrives before it is void.
 
-| state     | message                     | verdict | then      |
-|-----------|-----------------------------|---------|-----------|
-| any       | sequence 1, snapshot        | REPLACE | FOLLOWING |
-| AWAITING  | anything else               | IGNORE  | AWAITING  |
-| FOLLOWING | the next sequence           | APPLY   | FOLLOWING |
-| FOLLOWING | a sequence seen already     | IGNORE  | FOLLOWING |
-| FOLLOWING | a later sequence            | RESYNC  | AWAITING  |
+| state     | message                           | verdict | then      |
+|-----------|-----------------------------------|---------|-----------|
+| any       | a snapshot that starts anew (1)   | REPLACE | FOLLOWING |
+| AWAITING  | any other snapshot                | REPLACE | FOLLOWING |
+| AWAITING  | changes                           | IGNORE  | AWAITING  |
+| FOLLOWING | a sequence seen already           | IGNORE  | FOLLOWING |
+| FOLLOWING | a later snapshot, gap or none     | REPLACE | FOLLOWING |
+| FOLLOWING | the next changes                  | APPLY   | FOLLOWING |
+| FOLLOWING | later changes                     | RESYNC  | AWAITING  |
 
 While AWAITING, the snapshot is asked for again every `patience` seconds: it or the question may
 have been lost.
@@ -42,8 +44,8 @@ class KvFeed:
 
     def accept(self, sequence: int, snapshot: bool, now: float) -> Verdict:
         """Judges a message, by the table above."""
-        if snapshot and sequence == 1:
-            self.sequence = 1
+        if snapshot and (sequence == 1 or sequence > (self.sequence or 0)):
+            self.sequence = sequence
             return Verdict.REPLACE
         if self.sequence is None or sequence <= self.sequence:
             return Verdict.IGNORE
