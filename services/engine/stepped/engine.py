@@ -138,7 +138,6 @@ class SteppedEngine:
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
         self._thread.start()
-        self._expiry = asyncio.create_task(self._expire())
         self._started = True
 
     async def close(self) -> None:
@@ -147,7 +146,6 @@ class SteppedEngine:
         self._stopped = True
         if not started:
             return
-        self._expiry.cancel()
         for request_id in list(self._live):
             self.cancel(request_id)
         # The thread ends when it holds nothing; what is being fetched stops by its asking.
@@ -274,6 +272,9 @@ class SteppedEngine:
 
     def _take(self, result: StepResult) -> None:
         for fetch in result.fetches:
+            if not fetch.keys:  # all of it is cached here
+                self.kv.release(fetch.source.address, fetch.source.lease_id)
+                continue
             task = self._loop.create_task(self._fetch(fetch))
             self._fetches[fetch.sequence.serial] = task
             task.add_done_callback(functools.partial(self._fetch_over, fetch))
@@ -322,7 +323,13 @@ class SteppedEngine:
         serial, source = fetch.sequence.serial, fetch.source
         began = self._clock()
         try:
-            report = await self.kv.fetch(source.address, source.lease_id, fetch.keys, fetch.blocks)
+            report = await self.kv.fetch(
+                source.address,
+                source.lease_id,
+                fetch.keys,
+                fetch.blocks,
+                partial_last=fetch.partial_last,
+            )
         except KvSourceLostError as error:
             complete, transport, seconds, why = (
                 error.complete,
@@ -362,15 +369,7 @@ class SteppedEngine:
             log.error("a fetch failed", exc_info=error)
             fault = EngineFault("ENGINE_FAILED", f"a fetch failed: {type(error).__name__}")
             stopped = FetchStopped(serial, fault=fault, ended=self._clock())
-        if fetch.keys:
-            self._inbox.put(stopped)
-
-    async def _expire(self) -> None:
-        """Ends leases whose sinks never came. Leases are counted in seconds: so is this."""
-        while True:
-            await asyncio.sleep(min(1.0, self._kv_settings.lease_seconds / 4))
-            for lease_id in self._store.expire():
-                log.info("lease %s expired", lease_id)
+        self._inbox.put(stopped)
 
     def _open(self) -> tuple[LoadedModel, KvStore]:
         """Everything slow about a start; not on the event loop."""

@@ -63,8 +63,10 @@ class Fetch:
 
     sequence: Sequence
     source: KvSource
-    keys: tuple[bytes, ...]
-    blocks: tuple[int, ...]
+    keys: tuple[bytes, ...] = ()
+    blocks: tuple[int, ...] = ()
+    partial_last: bool = False
+    """The last block is an incomplete one, which is nobody's prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,10 +260,15 @@ class Scheduler:
 
     def _fetch(self, sequence: Sequence, source: KvSource) -> Fetch:
         if sequence.phase is not Phase.FETCHING:
-            return Fetch(sequence, source, (), ())
+            return Fetch(sequence, source)
         cached, wanted = sequence.computed // self._block_tokens, len(sequence.context_keys)
-        keys = sequence.context_keys[cached:]
-        return Fetch(sequence, source, keys, tuple(sequence.blocks[cached:wanted]))
+        return Fetch(
+            sequence,
+            source,
+            keys=sequence.context_keys[cached:],
+            blocks=tuple(sequence.blocks[cached:wanted]),
+            partial_last=sequence.context % self._block_tokens != 0,
+        )
 
     def _work(self, sequence: Sequence, budget: int) -> Work:
         count = min(sequence.remaining, budget)
