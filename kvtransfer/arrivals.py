@@ -11,7 +11,7 @@ class Arrivals:
     """Counts the layers of `count` blocks in. A block ends complete, or corrupt, or is wanting."""
 
     def __init__(self, layout: KvLayout, count: int) -> None:
-        self._layout = layout
+        self._total_layers, self._layer_bytes = layout.layers, layout.layer_bytes
         self._all = (1 << layout.layers) - 1
         self._layers = [0] * count
         self._corrupt: set[int] = set()
@@ -38,10 +38,9 @@ class Arrivals:
 
     def wants(self, piece: Piece) -> bool:
         """Whether the piece brings something. Raises TransportError if it can't exist."""
-        size = self._layout.layer_bytes
         fits = 0 <= piece.key_index < len(self._layers) and piece.layers > 0
-        fits = fits and piece.first_layer + piece.layers <= self._layout.layers
-        if not fits or piece.length != piece.layers * size:
+        fits = fits and piece.first_layer + piece.layers <= self._total_layers
+        if not fits or piece.length != piece.layers * self._layer_bytes:
             raise TransportError(
                 f"the source announced layers {piece.first_layer}+{piece.layers} of block "
                 f"{piece.key_index} in {piece.length} bytes, which can't be"

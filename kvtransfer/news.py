@@ -16,14 +16,13 @@ class StoreEvents:
 
 
 class ChangeLog:
-    """The net change of each key, so that a slow consumer costs memory for keys, not for events.
+    """The net change of each key since the last answer; the first answer is a snapshot.
 
-    When more than `limit` keys changed, or nobody ever asked, the next answer is a snapshot.
-    Not thread-safe; its owner serializes.
+    However slow the consumer, there are never more changes than keys it knows plus keys there
+    are. Not thread-safe; its owner serializes.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._changes: dict[bytes, bool] | None = None
 
     def note(self, keys: Iterable[bytes], *, stored: bool) -> None:
@@ -35,8 +34,6 @@ class ChangeLog:
                 del self._changes[key]  # It came and went, or went and came.
             else:
                 self._changes[key] = stored
-        if len(self._changes) > self._limit:
-            self._changes = None
 
     def restart(self) -> None:
         """The next answer is a snapshot."""

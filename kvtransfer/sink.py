@@ -225,9 +225,8 @@ class SinkFetch:
         return await self._offload.run(verify, sum(p.length for p in pieces))
 
     def _place(self, piece: Piece) -> int:
-        layout = self._store.layout
-        block = self._order.blocks[piece.key_index]
-        return block * layout.block_bytes + piece.first_layer * layout.layer_bytes
+        store, block = self._store, self._order.blocks[piece.key_index]
+        return block * store.block_bytes + piece.first_layer * store.layer_bytes
 
     def _remember(self, piece: Piece) -> None:
         """A verified checksum need not be computed again if both sides cut blocks alike."""

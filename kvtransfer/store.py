@@ -65,10 +65,10 @@ class KvStore:
         self.total_blocks = blocks
         self.grid = PieceGrid(layout.layers, layers_per_piece)
         self.layers_per_piece = layers_per_piece
-        self.segment = Segment(
-            blocks * layout.block_bytes, nonce or secrets.token_bytes(NONCE_BYTES)
-        )
-        self.memory: NDArray[np.uint8] = self.segment.data.reshape(blocks, layout.block_bytes)
+        # The layout computes these each time.
+        self.layer_bytes, self.block_bytes = layout.layer_bytes, layout.block_bytes
+        self.segment = Segment(blocks * self.block_bytes, nonce or secrets.token_bytes(NONCE_BYTES))
+        self.memory: NDArray[np.uint8] = self.segment.data.reshape(blocks, self.block_bytes)
         self._clock = clock
         self._lock = threading.Lock()
         self._pool = BlockPool(blocks)
@@ -76,7 +76,7 @@ class KvStore:
         self._watches = WatchTable()
         self._ready = [0] * blocks
         self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
-        self._log = ChangeLog(limit=2 * blocks + 1024)
+        self._log = ChangeLog()
         self._expired = 0
         self._listeners: list[Callable[[], None]] = []
 
@@ -305,7 +305,7 @@ class KvStore:
     def events(self) -> StoreEvents:
         """Changes of the cached keys since the last call. For one consumer.
 
-        The first answer is a snapshot, and so is one after more changes than are worth keeping.
+        They are net changes; the first answer is a snapshot.
         """
         with self._lock:
             return self._log.drain(self._pool.keys)
@@ -395,8 +395,8 @@ class KvStore:
             key_index=key_index,
             first_layer=first,
             layers=layers,
-            offset=block * self.layout.block_bytes + first * self.layout.layer_bytes,
-            length=layers * self.layout.layer_bytes,
+            offset=block * self.block_bytes + first * self.layer_bytes,
+            length=layers * self.layer_bytes,
             generation=self._pool.generation(block) & 0xFFFFFFFF,
             checksum=int(self._checksums[block, index]),
         )
@@ -405,7 +405,7 @@ class KvStore:
 
     def _checksum(self, block: int, index: int) -> int:
         first, layers = self.grid.span(index)
-        size = self.layout.layer_bytes
+        size = self.layer_bytes
         return checksum(self.memory[block, first * size : (first + layers) * size])
 
     def _changed(self) -> None:

@@ -147,6 +147,6 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
 
 LeasesAgainstModel.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=80, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestLeasesAgainstModel = LeasesAgainstModel.TestCase

@@ -218,6 +218,6 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
 
 PoolAgainstModel.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+    max_examples=80, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestPoolAgainstModel = PoolAgainstModel.TestCase
