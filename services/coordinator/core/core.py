@@ -128,18 +128,19 @@ class Core:
                 self._leave(worker, why, tell=worker.stream != event.stream)
 
     def _heartbeat(self, event: m.WorkerHeartbeat, now: float) -> None:
-        worker = self._heard(event.stream, now)
+        worker = self._renew(event.stream, now)
         if worker is None:
             return
         load = worker.load
         room, blocks = load.room, load.free_blocks
         load.report(event.stats, now)
+        back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
-        if load.room > room or load.free_blocks > blocks:
+        if back or load.room > room or load.free_blocks > blocks:
             self._serve_queue(worker.info.model, now)
 
     def _kv_events(self, event: m.WorkerKvEvents, now: float) -> None:
-        worker = self._heard(event.stream, now)
+        worker = self._renew(event.stream, now)
         if worker is None:
             return
         verdict = worker.feed.accept(event.sequence, event.snapshot, now)
@@ -150,9 +151,12 @@ class Core:
         elif verdict is Verdict.APPLY:
             self.index.remove(worker.worker_id, event.removed)
             self.index.store(worker.worker_id, event.stored)
+        if worker.signal(Signal.HEARD):
+            self.pools.put(worker)
+            self._serve_queue(worker.info.model, now)
 
     def _draining(self, event: m.WorkerDraining, now: float) -> None:
-        worker = self._heard(event.stream, now)
+        worker = self._renew(event.stream, now)
         if worker is not None and worker.signal(Signal.DRAIN):
             self.pools.put(worker)
             self._recheck = True
@@ -162,13 +166,10 @@ class Core:
         if worker is not None:
             self._leave(worker, "its stream broke", tell=False)
 
-    def _heard(self, stream: int, now: float) -> Worker | None:
+    def _renew(self, stream: int, now: float) -> Worker | None:
         worker = self.members.on_stream(stream)
         if worker is not None:
             worker.heard, worker.expires = now, now + self._rules.lease_seconds
-            if worker.signal(Signal.HEARD):
-                self.pools.put(worker)
-                self._serve_queue(worker.info.model, now)
         return worker
 
     def _leave(self, worker: Worker, why: str, *, tell: bool = True) -> None:
@@ -376,6 +377,7 @@ class Core:
             # It was this process that was away: what workers sent meanwhile is still to be read.
             for worker in self.members:
                 worker.expires = now + self._rules.lease_seconds
+                worker.feed.asked = now
         self._ticked = now
         for worker in self.members.expired(now):
             self._leave(worker, f"silent for {now - worker.heard:.1f} s")

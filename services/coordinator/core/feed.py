@@ -6,15 +6,17 @@ Then a snapshot is asked for, and whatever arrives before it is void.
 | state     | message                           | verdict | then      |
 |-----------|-----------------------------------|---------|-----------|
 | any       | a snapshot that starts anew (1)   | REPLACE | FOLLOWING |
-| AWAITING  | any other snapshot                | REPLACE | FOLLOWING |
-| AWAITING  | changes                           | IGNORE  | AWAITING  |
+| AWAITING  | anything else                     | IGNORE  | AWAITING  |
 | FOLLOWING | a sequence seen already           | IGNORE  | FOLLOWING |
 | FOLLOWING | a later snapshot, gap or none     | REPLACE | FOLLOWING |
 | FOLLOWING | the next changes                  | APPLY   | FOLLOWING |
 | FOLLOWING | later changes                     | RESYNC  | AWAITING  |
 
-While AWAITING, the snapshot is asked for again every `patience` seconds: it or the question may
-have been lost.
+While AWAITING, another snapshot than the one asked for is void too: it was on its way before the
+worker started its numbers anew, and following those old numbers would lead astray.
+
+While AWAITING, the snapshot is asked for again every `patience` seconds: the question may have been
+lost.
 """
 
 from __future__ import annotations
@@ -44,11 +46,14 @@ class KvFeed:
 
     def accept(self, sequence: int, snapshot: bool, now: float) -> Verdict:
         """Judges a message, by the table above."""
-        if snapshot and (sequence == 1 or sequence > (self.sequence or 0)):
-            self.sequence = sequence
+        if snapshot and sequence == 1:
+            self.sequence = 1
             return Verdict.REPLACE
         if self.sequence is None or sequence <= self.sequence:
             return Verdict.IGNORE
+        if snapshot:
+            self.sequence = sequence
+            return Verdict.REPLACE
         if sequence == self.sequence + 1:
             self.sequence = sequence
             return Verdict.APPLY

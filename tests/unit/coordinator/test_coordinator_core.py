@@ -119,6 +119,21 @@ class TestWorkers:
         cluster.beat("decode-0")
         assert cluster.placement(ticket).decode.worker_id == "decode-0"
 
+    def test_a_suspect_that_drains_gets_nothing_in_between(self, cluster):
+        cluster.worker("decode-0")
+        cluster.do(m.AttemptEnded("r", 0, "decode-0", "WORKER_LOST", unreachable=True))
+        ticket = cluster.ask(32)
+        cluster.do(m.WorkerDraining(cluster.streams["decode-0"]))
+        cluster.wait(0.1)
+        assert cluster.answers[ticket].refusal.reason is R.NO_WORKERS
+
+    def test_a_suspect_that_is_back_is_judged_by_what_it_says_now(self, cluster):
+        cluster.worker("decode-0")
+        cluster.do(m.AttemptEnded("r", 0, "decode-0", "WORKER_LOST", unreachable=True))
+        ticket = cluster.ask(32)
+        cluster.beat("decode-0", running=10)
+        assert ticket not in cluster.answers
+
     def test_a_worker_that_refused_is_full_until_it_reports(self, cluster):
         cluster.worker("decode-0")
         cluster.worker("decode-1", stats=m.WorkerStats(running=5, free_blocks=512))

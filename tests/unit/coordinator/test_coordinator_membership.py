@@ -106,8 +106,9 @@ def test_a_worker_may_send_a_snapshot_of_its_own_accord():
         (8, False, Verdict.APPLY),
         (7, True, Verdict.IGNORE),
         (10, False, Verdict.RESYNC),
-        (12, True, Verdict.REPLACE),
-        (13, False, Verdict.APPLY),
+        (12, True, Verdict.IGNORE),
+        (1, True, Verdict.REPLACE),
+        (2, False, Verdict.APPLY),
     ):
         assert feed.accept(sequence, snapshot, 0.0) is verdict, sequence
 
