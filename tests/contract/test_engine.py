@@ -52,6 +52,13 @@ def prompt(length: int, salt: int = 0) -> tuple[int, ...]:
     return tuple((salt * 31 + i * 7 + i * i) % 250 + 3 for i in range(length))
 
 
+async def eventually(true) -> None:
+    """For what announces itself to nobody: polls, within a bound."""
+    async with asyncio.timeout(WAIT):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
 class Worker:
     def __init__(self, engine) -> None:
         self.engine = engine
@@ -84,7 +91,7 @@ class Worker:
         await asyncio.wait_for(self._reading, WAIT)
 
     async def until(self, predicate) -> None:
-        """By outputs; see `settled` for what announces itself by none."""
+        """Waits for something about the outputs."""
         async with asyncio.timeout(WAIT), self._moved:
             await self._moved.wait_for(predicate)
 
@@ -114,14 +121,15 @@ class Worker:
 
     async def settled(self, *, leases: int = 0) -> None:
         """Waits until the engine holds nothing, and proves it."""
-        async with asyncio.timeout(WAIT):
-            while True:
-                stats = self.engine.stats()
-                if not (stats.running or stats.waiting) and stats.leases == leases:
-                    if leases or not stats.held_blocks:
-                        break
-                await asyncio.sleep(0.002)
+
+        def idle() -> bool:
+            stats = self.engine.stats()
+            busy = stats.running or stats.waiting or (stats.held_blocks and not leases)
+            return not busy and stats.leases == leases
+
+        await eventually(idle)
         self.engine.check_integrity()
+        stats = self.engine.stats()
         if not leases:
             assert stats.held_blocks == 0
             assert stats.free_blocks == self.engine.info.total_blocks
@@ -416,9 +424,7 @@ async def test_cancel_a_decode_that_fetches_what_never_comes(new):
     source, sink = await new(), await new()
     source.engine._store.open_lease("a", 30)
     sink.engine.decode(Request("a", prompt(20), GREEDY), source.source("a"))
-    async with asyncio.timeout(WAIT):
-        while not sink.engine.stats().running:
-            await asyncio.sleep(0.002)
+    await eventually(lambda: sink.engine.stats().running)
     assert sink.engine.stats().held_blocks == 3
     sink.engine.cancel("a")
     await sink.settled()
@@ -478,9 +484,7 @@ async def test_a_dead_source_is_made_up_for(new):
     expected = await alone.generate("a", request.prompt_token_ids, SAMPLED)
     source.engine._store.open_lease("a", 30)
     sink.engine.decode(request, source.source("a"))
-    async with asyncio.timeout(WAIT):
-        while not source.engine._store.stats().watches:
-            await asyncio.sleep(0.002)
+    await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
     sink.engine.proceed("a", FirstTokens((expected[0],)))
     assert [expected[0], *await sink.tokens("a")] == expected
@@ -494,9 +498,7 @@ async def test_a_dead_source_of_a_long_prompt_is_a_fault(new):
     request = Request("a", prompt(37), SAMPLED)
     source.engine._store.open_lease("a", 30)
     sink.engine.decode(request, source.source("a"))
-    async with asyncio.timeout(WAIT):
-        while not source.engine._store.stats().watches:
-            await asyncio.sleep(0.002)
+    await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
     outputs = await sink.ended("a")
     assert outputs[-1].finish_reason is FinishReason.ERROR
@@ -702,9 +704,7 @@ async def test_kv_events_add_up_to_the_snapshot(new):
         await worker.generate(f"r{i}", prompt(10 + 5 * (i % 4), i), GREEDY)
     await worker.settled()
     everything = set(worker.engine._store._pool.keys())
-    async with asyncio.timeout(WAIT):
-        while known != everything:
-            await asyncio.sleep(0.002)
+    await eventually(lambda: known == everything)
     assert seen[0].snapshot
     assert len(seen[0].stored) == 3
     assert not any(e.snapshot for e in seen[1:])

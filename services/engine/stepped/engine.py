@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from kvtransfer.endpoint import KvEndpoint
-
 from kvtransfer.errors import KvError, KvSourceLostError
 from kvtransfer.keys import KeyChain, salt
 from kvtransfer.store import KvStore
@@ -109,6 +108,7 @@ class SteppedEngine:
             tcp_port=kv.tcp_port,
             lease_seconds=kv.lease_seconds,
             fetch_timeout_seconds=kv.fetch_timeout_seconds,
+            clock=self._clock,
         )
         await self.kv.start()
         self._info = EngineInfo(
@@ -151,6 +151,9 @@ class SteppedEngine:
         # The thread ends when it holds nothing; what is being fetched stops by its asking.
         self._inbox.put(Close())
         await asyncio.to_thread(self._thread.join)
+        for task in self._fetches.values():  # left only if the thread had died
+            task.cancel()
+        await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self.kv.close()
         self._store.close()
         self._kv_changed.set()
@@ -331,27 +334,23 @@ class SteppedEngine:
                 partial_last=fetch.partial_last,
             )
         except KvSourceLostError as error:
-            complete, transport, seconds, why = (
-                error.complete,
-                "",
-                self._clock() - began,
-                error.message,
+            log.warning("the KV of %s is lost: %s", source.lease_id, error.message)
+            arrived, ended = _leading(error.complete), self._clock()
+            return FetchStopped(
+                serial, arrived, seconds=ended - began, why=error.message, ended=ended
             )
-            moved = blocks = corrupt = 0
-        else:
-            complete, transport, seconds = report.complete, report.transport, report.seconds
-            moved, blocks, corrupt = report.bytes, report.blocks, report.corrupt_blocks
-            why = f"{corrupt} blocks were corrupt"
+        if report.corrupt_blocks:
+            log.warning("%s: %d corrupt KV blocks", source.lease_id, report.corrupt_blocks)
         return FetchStopped(
             serial,
-            arrived=sum(itertools.takewhile(bool, complete)),
-            transport=transport,
-            bytes=moved,
-            blocks=blocks,
-            seconds=seconds,
-            corrupt_blocks=corrupt,
-            why=why,
-            ended=self._clock(),
+            _leading(report.complete),
+            transport=report.transport,
+            bytes=report.bytes,
+            blocks=report.blocks,
+            seconds=report.seconds,
+            corrupt_blocks=report.corrupt_blocks,
+            why=f"{report.corrupt_blocks} blocks were corrupt",
+            ended=report.ended,
         )
 
     def _fetch_over(self, fetch: Fetch, task: asyncio.Task[FetchStopped]) -> None:
@@ -382,6 +381,10 @@ class SteppedEngine:
         loaded.model.bind(store.memory)
         loaded.model.warm_up()
         return loaded, store
+
+
+def _leading(complete: tuple[bool, ...]) -> int:
+    return sum(itertools.takewhile(bool, complete))
 
 
 def context_window(own: int, settings: EngineSettings, store: KvStore) -> int:
