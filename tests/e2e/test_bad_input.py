@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -12,7 +13,7 @@ from tandem.inference.v1 import inference_pb2
 from tests.e2e.world import SCRIPTED, Cluster, prompt, running
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster():
     async with running(1, 1, SCRIPTED) as it:
         yield it

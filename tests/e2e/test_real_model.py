@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+import pytest_asyncio
 
 from tandem.inference.v1 import inference_pb2
 from tests.e2e.world import running
@@ -36,7 +37,7 @@ SAMPLINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp8_e4m3", "bfloat16"])
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=["fp8_e4m3", "bfloat16"])
 async def pair(request):
     """The same model twice: prefill and decode apart, and one process that does both."""
     settings = SETTINGS | {"engine.kv_dtype": request.param}
