@@ -26,7 +26,6 @@ ADVICE = {
     "OUT_OF_BLOCKS": "Give the worker more KV memory: engine.kv_memory_mib or engine.kv_blocks.",
     "LEASE_LOST": "Nothing: the request is placed again. Raise kv.lease_seconds if it is frequent.",
     "BLOCKS_NOT_HELD": "Nothing: the sink computes or fetches the blocks elsewhere.",
-    "FETCH_TIMEOUT": "Raise kv.fetch_timeout_seconds, or look for what slows the source down.",
     "INVALID_FETCH": "A bug of the sink; please report it with the message.",
     "LAYOUT_MISMATCH": "Start all workers of a model with the same model, engine.kv_dtype and "
     "engine.block_tokens; the message names what differs.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -82,8 +83,9 @@ class LocalCluster:
         self._on_event = on_event
         self._settings = dict(settings or {})
         self._drain_seconds = self._settle(prefill + decode)
+        self._passing_logs = logs is None
         self.logs = logs or Path(tempfile.mkdtemp(prefix="tandem-logs-"))
-        """Folder with one log a process."""
+        """Folder with one log a process. If it was not asked for, a good end removes it."""
         self._members = [
             _Member("coordinator", "coordinator", {"server.port": str(coordinator_port)}),
             _Member("frontend", "frontend", {"server.port": str(frontend_port)}),
@@ -108,6 +110,8 @@ class LocalCluster:
             await self.stop()
         else:
             await self.kill_all()
+            if isinstance(error, asyncio.CancelledError):
+                self._remove_logs()
 
     async def start(self) -> None:
         """Starts the coordinator, then all others at once; returns when every one is ready.
@@ -127,6 +131,7 @@ class LocalCluster:
             for failure in failures:
                 if isinstance(failure, ChildFailedError):
                     raise ClusterError(f"{failure}\nlogs: {self.logs}") from None
+            self._remove_logs()
             raise
         for member in self._members:
             self._supervise(member)
@@ -175,6 +180,7 @@ class LocalCluster:
         if bad:
             ends = "\n".join(f"{c.name} {c.how_it_ended()}\n{c.tail()}" for c in bad)
             raise ClusterError(f"not all processes ended in good order\n{ends}\nlogs: {self.logs}")
+        self._remove_logs()
 
     async def kill_all(self) -> None:
         """SIGKILL to every process that is left; returns when they are gone."""
@@ -191,7 +197,7 @@ class LocalCluster:
         if child is not None and child.returncode is None:
             self._tell(member, "stopping")
             await child.end(self._drain_seconds + KILL_AFTER_DRAIN_SECONDS)
-            self._tell(member, "ended", child.how_it_ended())
+            self._tell(member, "ended", child.how_it_ended() if child.returncode else "")
 
     async def _launch(self, member: _Member) -> None:
         self._tell(member, "starting")
@@ -261,6 +267,10 @@ class LocalCluster:
         if worker.engine.threads == 0:
             self._settings["engine.threads"] = str(max(1, cpus() // max(1, workers)))
         return worker.server.drain_seconds
+
+    def _remove_logs(self) -> None:
+        if self._passing_logs:
+            shutil.rmtree(self.logs, ignore_errors=True)
 
     def _tell(self, member: _Member, phase: str, detail: str = "") -> None:
         self._on_event(Event(member.name, phase, detail))

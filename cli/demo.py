@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ async def demo(show: Show, stop: Stop) -> int:
     if not await started(cluster, stop):
         return INTERRUPTED
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_exit(cluster.__aexit__)
+        stack.push_async_exit(cluster)
         told = await unless(stop, _ask_twice(console, cluster, show.prompt))
         if told is None:
             return INTERRUPTED
@@ -91,7 +90,6 @@ async def demo(show: Show, stop: Stop) -> int:
             address = cluster.address("frontend")
             console.print(f"\nIt stays up: tandem chat --address {address}\nCtrl-C ends it.")
             await stop.wait()
-    shutil.rmtree(cluster.logs, ignore_errors=True)
     console.print("All processes have ended.", style="dim")
     return 0
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -117,27 +115,26 @@ async def up(plan: Plan, stop: Stop) -> int:
 
 
 async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
-    with _folder(plan.logs) as logs:
-        cluster = LocalCluster(
-            prefill=plan.prefill,
-            decode=plan.decode,
-            settings=plan.settings,
-            config=plan.config,
-            frontend_port=plan.port,
-            coordinator_port=plan.coordinator_port,
-            restart=plan.restart,
-            logs=logs,
-            on_event=screen.event,
-        )
-        screen.say(f"logs: {logs}")
-        if not await started(cluster, stop):
-            screen.say("ended before it was ready")
-            return INTERRUPTED
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_exit(cluster.__aexit__)
-            screen.say(_welcome(cluster))
-            await _watch(cluster, stop, screen)
-            screen.say("draining; Ctrl-C again ends at once")
+    cluster = LocalCluster(
+        prefill=plan.prefill,
+        decode=plan.decode,
+        settings=plan.settings,
+        config=plan.config,
+        frontend_port=plan.port,
+        coordinator_port=plan.coordinator_port,
+        restart=plan.restart,
+        logs=plan.logs,
+        on_event=screen.event,
+    )
+    screen.say(f"logs: {cluster.logs}")
+    if not await started(cluster, stop):
+        screen.say("ended before it was ready")
+        return INTERRUPTED
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(cluster)
+        screen.say(_welcome(cluster))
+        await _watch(cluster, stop, screen)
+        screen.say("draining; Ctrl-C again ends at once")
     return 0
 
 
@@ -189,17 +186,6 @@ async def _status(client: Client) -> Status | str:
         return await client.status()
     except CallFailedError as error:
         return f"the coordinator does not answer: {error.message}"
-
-
-@contextlib.contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    """Where the logs go: the folder given, or one that is removed if all goes well."""
-    if given is not None:
-        yield given
-        return
-    folder = Path(tempfile.mkdtemp(prefix="tandem-logs-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _welcome(cluster: LocalCluster) -> str:
