@@ -28,6 +28,10 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_c
 LOAD, PROMPTS = Load(), Prompts()
 """Defaults."""
 
+NO_COORDINATOR = (
+    "CPU time of the cluster is not measured: with --address, say where its --coordinator is"
+)
+
 
 @app.command()
 def loadtest(
@@ -170,7 +174,7 @@ async def measure(
     options: LoadOptions, coordinator: str | None, stop: asyncio.Event
 ) -> report.Report:
     """A load test that is shown on standard error and measures the cluster's local processes."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = (NO_COORDINATOR,)
     if coordinator is not None:
         here = await local.find(options.address, coordinator)
         options, notes = replace(options, pids=here.pids | dict(options.pids)), here.notes

@@ -49,8 +49,8 @@ def draw(reports: Sequence[tuple[str, Report]], path: Path) -> None:
         line = report.numbers.timeline
         middles = (np.arange(len(line.output_tokens_per_second)) + 0.5) * line.bin_seconds
         through.plot(middles, line.output_tokens_per_second, label=label)
-    ttft.set(title="TTFT", xlabel="ms", ylabel="share of requests", ylim=(0, 1))
-    itl.set(title="ITL", xlabel="ms", ylabel="share of gaps", ylim=(0, 1))
+    ttft.set(title="TTFT", xlabel="ms", xscale="log", ylabel="share of requests", ylim=(0, 1))
+    itl.set(title="ITL", xlabel="ms", xscale="log", ylabel="share of gaps", ylim=(0, 1))
     through.set(title="Throughput", xlabel="s", ylabel="output tokens/s", ylim=(0, None))
     for axes in (ttft, itl, through):
         axes.grid(alpha=0.3)

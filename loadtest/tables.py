@@ -30,14 +30,14 @@ def show(report: Report, console: Console) -> None:
     if report.processes:
         console.print(_processes(report))
     for reason, words in report.error_examples.items():
-        console.print(f"{reason}: {words}", style="red", markup=False)
+        console.print(f"{reason}: {words}", style="red", markup=False, emoji=False)
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        console.print(f"note: {note}", style="yellow", markup=False, emoji=False)
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table
@@ -151,7 +151,11 @@ def compare(first: Report, second: Report, console: Console) -> None:
         table.add_row(measure.label, _number(a), _number(b), _ratio(a, b, measure.better))
     console.print(table)
     for what, a, b in differences(first, second):
-        console.print(f"differs: {what}: {a} | {b}", markup=False, highlight=False)
+        console.print(f"differs: {what}: {a} | {b}", markup=False, emoji=False, highlight=False)
+
+
+_NO_DIFFERENCE = ("pids", "rows", "seed")
+"""Options that make no difference to what is measured."""
 
 
 def differences(first: Report, second: Report) -> list[tuple[str, Any, Any]]:
@@ -162,7 +166,7 @@ def differences(first: Report, second: Report) -> list[tuple[str, Any, Any]]:
     ]
     names = sorted(sides[0].keys() | sides[1].keys())
     values = ((name, sides[0].get(name), sides[1].get(name)) for name in names)
-    return [(n, a, b) for n, a, b in values if a != b and not n.startswith("pids")]
+    return [(n, a, b) for n, a, b in values if a != b and not n.startswith(_NO_DIFFERENCE)]
 
 
 def _surroundings(report: Report) -> dict[str, Any]:
