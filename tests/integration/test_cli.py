@@ -169,35 +169,32 @@ async def test_a_cluster_that_can_not_start_says_why_and_leaves_nothing():
     assert set(me.children()) == before
 
 
-async def test_a_dead_process_comes_back_under_its_name_and_a_frontend_at_its_port():
+async def test_dead_processes_come_back_under_their_names_and_where_they_were():
     ready: asyncio.Queue[str] = asyncio.Queue()
 
     def on_event(event: Event) -> None:
         if event.phase == "ready":
             ready.put_nowait(event.process)
 
+    async def workers(it: LocalCluster) -> int:
+        async with Client(it.address("frontend"), it.address("coordinator")) as client:
+            return len((await client.status()).workers)
+
     async with LocalCluster(settings=SCRIPTED, restart=True, on_event=on_event) as it:
         for _ in range(4):
             await ready.get()
-        address = it.address("frontend")
+        addresses = {name: it.address(name) for name in ("frontend", "coordinator")}
         for name in ("frontend", "decode-0"):
             pid = it.pids[name]
             it.kill(name, signal.SIGKILL)
             assert await asyncio.wait_for(ready.get(), 60) == name
             assert it.pids[name] != pid
-        assert it.address("frontend") == address
-
-
-async def test_a_restarted_coordinator_has_its_port_and_its_workers_again():
-    async with LocalCluster(settings=SCRIPTED) as it:
-        address = it.address("coordinator")
         it.kill("coordinator", signal.SIGKILL)
         await it.restart("coordinator")
-        assert it.address("coordinator") == address
-        async with Client(it.address("frontend"), address) as client:
-            async with asyncio.timeout(30):
-                while len((await client.status()).workers) < 2:  # noqa: ASYNC110 - elsewhere
-                    await asyncio.sleep(0.05)
+        assert addresses == {name: it.address(name) for name in addresses}
+        async with asyncio.timeout(30):
+            while await workers(it) < 2:  # noqa: ASYNC110 - they register when they choose
+                await asyncio.sleep(0.05)
 
 
 async def test_a_process_that_ends_badly_is_told():
@@ -215,19 +212,13 @@ async def test_a_process_that_ends_badly_is_told():
 # --- tandem up ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_up_runs_until_a_signal_and_ends_in_good_order(number):
-    with running(up("--prefill", "2", "--decode", "2")) as it:
-        address = it.until(r"frontend ([\d.]+:\d+)")[1]
+def test_up_runs_until_a_signal_and_ends_in_good_order(tmp_path):
+    logs = tmp_path / "logs"
+    with running(up("--prefill", "2", "--decode", "2", "--logs", str(logs))) as it:
+        address, port = it.until(r"frontend ([\d.]+:(\d+))").groups()
         processes = it.children()
-        assert roles(processes) == [
-            "coordinator",
-            "decode",
-            "decode",
-            "frontend",
-            "prefill",
-            "prefill",
-        ]
+        workers = ["decode", "decode", "prefill", "prefill"]
+        assert roles(processes) == sorted(["coordinator", "frontend", *workers])
         answer = subprocess.run(
             [*COMMAND, "generate", "hello", "-a", address, "-n", "4", "--json"],
             env=ENVIRONMENT,
@@ -237,10 +228,18 @@ def test_up_runs_until_a_signal_and_ends_in_good_order(number):
         )
         assert answer.returncode == 0, answer.stderr
         assert json.loads(answer.stdout)["completion_tokens"] == 4
-        it.process.send_signal(number)
+        other = subprocess.run(
+            up("--port", port), env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        assert other.returncode == 1
+        assert f"port {port} is taken" in other.stderr
+        it.process.send_signal(signal.SIGTERM)
         assert it.rest() == 0, it.said
         all_gone(processes, seconds=0)
         assert "draining" in it.said
+    names = {path.name for path in logs.iterdir()}
+    names -= {"coordinator.log", "frontend.log"}
+    assert names == {"prefill-0.log", "prefill-1.log", "decode-0.log", "decode-1.log"}
 
 
 def test_ctrl_c_lets_a_running_answer_finish():
@@ -309,27 +308,6 @@ def test_without_restart_up_ends_when_nothing_is_left():
             process.kill()
         assert it.rest() == 1
         assert "every process has ended" in it.said
-
-
-def test_a_taken_port_is_named_and_nothing_is_left():
-    with running(up()) as it:
-        port = it.until(r"frontend [\d.]+:(\d+)")[1]
-        other = subprocess.run(
-            up("--port", port), env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-        )
-        assert other.returncode == 1
-        assert f"port {port} is taken" in other.stderr
-        it.process.send_signal(signal.SIGTERM)
-        assert it.rest() == 0
-
-
-def test_logs_are_kept_where_they_were_asked_for(tmp_path):
-    with running(up("--logs", str(tmp_path / "logs"))) as it:
-        it.until(r"frontend [\d.]+:\d+")
-        it.process.send_signal(signal.SIGTERM)
-        assert it.rest() == 0
-    names = {path.name for path in (tmp_path / "logs").iterdir()}
-    assert names == {"coordinator.log", "frontend.log", "prefill-0.log", "decode-0.log"}
 
 
 # --- on a terminal -----------------------------------------------------------------------------
