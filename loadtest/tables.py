@@ -128,7 +128,7 @@ MEASURES = (
     *(
         Measure(f"{label} {statistic}, ms", _latency(name, statistic), "less")
         for label, name in LATENCIES[:4]
-        for statistic in ("p50", "p99")
+        for statistic in ("mean", "p50", "p99")
     ),
     Measure("requests/s", lambda r: r.numbers.throughput.requests_per_second, "more"),
     Measure("output tokens/s", lambda r: r.numbers.throughput.output_tokens_per_second, "more"),
