@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.engine.models.errors import ModelSpaceError
+from services.engine.models.errors import ModelFetchError, ModelSpaceError
 
 PART = ".part-"
 _CHUNK = 1 << 20
@@ -45,9 +45,10 @@ def locked(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
     The kernel drops the lock when its holder dies, however it dies.
     """
-    with no_space(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,7 +68,7 @@ def part(folder: Path) -> Iterator[Path]:
         shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
     try:
-        with no_space(folder):
+        with writing(folder):
             yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -96,14 +97,16 @@ def need_space(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def no_space(folder: Path) -> Iterator[None]:
-    """Turns the operating system's word for a full disk into ModelSpaceError."""
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the operating system says of a disk that takes no more into words of our own."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ModelSpaceError(f"{folder}: the disk is full ({error.strerror})") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelSpaceError(f"{folder}: the disk is full ({error.strerror})") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ModelFetchError(f"{folder} can't be written: {error.strerror}") from error
+        raise
 
 
 def sha256_of(path: Path, advance: Advance | None = None) -> str:

