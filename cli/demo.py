@@ -13,12 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli.advice import explain
 from cli.ask import answer, to_terminal
-from cli.cluster import Event, LocalCluster
+from cli.cluster import LocalCluster
 from cli.output import INTERRUPTED, CommandError
+from cli.screen import opened
 from cli.up import started, unless
 from cli.view import duration, size
-from services.runtime.client import Ask, Client, End, Piece, Turn
+from services.runtime.client import Ask, CallFailedError, Client, End, Piece, Turn
 from services.runtime.process import Stop
 
 PROMPT = "What is the capital of Japan?"
@@ -65,27 +67,32 @@ class Show:
 async def demo(show: Show, stop: Stop) -> int:
     """Runs it, and returns the exit status.
 
-    Raises DemoFailedError, ClusterError, SettingsError, CallFailedError.
+    Raises DemoFailedError, ClusterError, SettingsError.
     """
     console = Console(highlight=False)
     settings = FOR_A_SHORT_PROMPT | dict(show.settings)
     chosen = ", ".join(f"{key}={settings[key]}" for key in FOR_A_SHORT_PROMPT)
-    console.print(f"Set for a short prompt: {chosen}", style="dim")
-    cluster = LocalCluster(
-        prefill=show.prefill,
-        decode=show.decode,
-        settings=settings,
-        config=show.config,
-        on_event=lambda event: _print_event(console, event),
-    )
-    if not await started(cluster, stop):
-        return INTERRUPTED
+    console.print(f"Set for a short prompt: {chosen}", style="dim", soft_wrap=True)
+    with opened() as screen:
+        cluster = LocalCluster(
+            prefill=show.prefill,
+            decode=show.decode,
+            settings=settings,
+            config=show.config,
+            on_event=screen.event,
+        )
+        if not await started(cluster, stop):
+            return INTERRUPTED
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_exit(cluster)
-        told = await unless(stop, _ask_twice(console, cluster, show.prompt))
+        try:
+            told = await unless(stop, _ask_twice(console, cluster, show.prompt))
+        except CallFailedError as error:
+            raise DemoFailedError(f"{explain(error)}\nlogs: {cluster.logs}") from None
         if told is None:
             return INTERRUPTED
-        _check(show, *told)
+        if failure := _failure(show, *told):
+            raise DemoFailedError(f"{failure}\nlogs: {cluster.logs}")
         if show.keep:
             address = cluster.address("frontend")
             console.print(f"\nIt stays up: tandem chat --address {address}\nCtrl-C ends it.")
@@ -119,14 +126,15 @@ async def _ask(client: Client, prompt: str) -> Told:
     return told
 
 
-def _check(show: Show, first: Told, again: Told) -> None:
-    """Raises DemoFailedError unless disaggregation did what the demo is there to show."""
+def _failure(show: Show, first: Told, again: Told) -> str:
+    """What did not happen that the demo is there to show; empty if all of it did."""
     if show.prompt == PROMPT and EXPECTED not in first.text:
-        raise DemoFailedError(f"the answer does not name {EXPECTED}")
+        return f"the answer does not name {EXPECTED}"
     if show.prefill and not _moved(first):
-        raise DemoFailedError("no KV moved from the prefill worker to the decode worker")
+        return "no KV moved from the prefill worker to the decode worker"
     if again.end is None or again.end.cached_tokens == 0:
-        raise DemoFailedError("the same prompt asked again found nothing cached")
+        return "the same prompt asked again found nothing cached"
+    return ""
 
 
 def _moved(told: Told) -> int:
@@ -159,11 +167,7 @@ def _figures(told: Told) -> Iterator[tuple[str, str]]:
     yield "of them cached", str(end.cached_tokens)
     yield "prefill worker", last.prefill_worker or "-"
     yield "decode worker", last.decode_worker
-    yield "KV moved", f"{size(last.kv_bytes)} in {last.kv_blocks} blocks"
+    yield "KV moved", f"{size(last.kv_bytes)}, blocks: {last.kv_blocks}"
     yield "transport", last.transport or "-"
     yield "transfer took", duration(last.kv_seconds)
     yield "of it exposed after prefill", duration(last.exposed_seconds)
-
-
-def _print_event(console: Console, event: Event) -> None:
-    console.print(f"{event.process:12} {event.phase:9} {event.detail}", style="dim")

@@ -7,24 +7,15 @@ import contextlib
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
-
-from cli import view
-from cli.cluster import ClusterError, Event, LocalCluster
+from cli.cluster import ClusterError, LocalCluster
 from cli.output import INTERRUPTED
+from cli.screen import Screen, opened
 from services.runtime.client import CallFailedError, Client, Status
 from services.runtime.process import Stop
 
 T = TypeVar("T")
-
-LIVE_SECONDS = 0.5
-PLAIN_SECONDS = 10.0
-
-_STYLES = {"ready": "green", "died": "bold red", "ended": "dim"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,77 +32,13 @@ class Plan:
     logs: Path | None
 
 
-class Screen(Protocol):
-    """Where a running cluster is shown."""
-
-    period: float
-    """Seconds between two calls of show()."""
-
-    def event(self, event: Event) -> None:
-        """Something happened to a process."""
-
-    def say(self, words: str) -> None:
-        """Something a person should know."""
-
-    def show(self, status: Status | str) -> None:
-        """How the cluster does now, or why that is not known."""
-
-
-class PlainScreen:
-    """Lines, for pipes and logs."""
-
-    period = PLAIN_SECONDS
-
-    def event(self, event: Event) -> None:
-        """A line that stays."""
-        print(f"{event.process}: {event.phase} {event.detail}".rstrip(), flush=True)
-
-    def say(self, words: str) -> None:
-        """Words that stay."""
-        print(words, flush=True)
-
-    def show(self, status: Status | str) -> None:
-        """A line."""
-        print(status if isinstance(status, str) else view.summary(status), flush=True)
-
-
-class LiveScreen:
-    """Events scroll; below them stands a table that is kept current."""
-
-    period = LIVE_SECONDS
-
-    def __init__(self, live: Live) -> None:
-        self._live = live
-
-    def event(self, event: Event) -> None:
-        """A line that stays."""
-        line = Text.assemble(
-            (f"{event.process:14}", "bold"),
-            (f"{event.phase:9}", _STYLES.get(event.phase, "")),
-            event.detail,
-        )
-        self._live.console.print(line)
-
-    def say(self, words: str) -> None:
-        """Words that stay."""
-        self._live.console.print(words, markup=False, highlight=False)
-
-    def show(self, status: Status | str) -> None:
-        """In place of what was shown before."""
-        body = Text(status, style="yellow") if isinstance(status, str) else view.cluster(status)
-        self._live.update(Group(Text(), body))
-
-
 async def up(plan: Plan, stop: Stop) -> int:
     """Starts, watches until `stop` is set, drains, ends, and returns the exit status.
 
     Raises ClusterError, SettingsError.
     """
-    console = Console()
-    if not console.is_terminal:
-        return await _run(plan, stop, PlainScreen())
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        return await _run(plan, stop, LiveScreen(live))
+    with opened() as screen:
+        return await _run(plan, stop, screen)
 
 
 async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:

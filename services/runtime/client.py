@@ -11,7 +11,7 @@ from typing import Self
 import grpc
 
 from services.runtime.channels import Channels
-from services.runtime.errors import from_rpc
+from services.runtime.errors import InvalidRequestError, from_rpc
 from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -134,7 +134,10 @@ class Status:
 
 
 class Client:
-    """An async context manager. Every method raises CallFailedError."""
+    """An async context manager. Every method raises CallFailedError.
+
+    stream() also raises InvalidRequestError, for what a message can't hold.
+    """
 
     def __init__(self, address: str, coordinator: str = "") -> None:
         self.address = address
@@ -201,6 +204,12 @@ def _failures(address: str) -> Iterator[None]:
 
 
 def _request(ask: Ask) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequestError for what a message can't hold; servers judge all else."""
+    for text in (ask.prompt, ask.model, *ask.stop, *(turn.content for turn in ask.chat)):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequestError("text", text, "must be UTF-8") from None
     request = inference_pb2.GenerateRequest(
         model=ask.model,
         stop=ask.stop,
@@ -219,7 +228,10 @@ def _request(ask: Ask) -> inference_pb2.GenerateRequest:
 def _sampling(fields: dict[str, float | int | bool]) -> common_pb2.SamplingParams:
     sampling = common_pb2.SamplingParams()
     for name, value in fields.items():
-        setattr(sampling, name, value)
+        try:
+            setattr(sampling, name, value)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequestError(f"sampling.{name}", value, str(error)) from None
     return sampling
 
 
