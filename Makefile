@@ -52,8 +52,8 @@ test: install-dev model ## All tests
 simulate: install-dev ## Only the tests that play seeded histories against the pure cores
 	$(BIN)/python -m pytest tests/simulation $(ARGS)
 
-bench: install-dev model ## The embedded engine against transformers; what disaggregation costs
-	$(BIN)/python -m loadtest.bench $(ARGS)
+bench: install model ## What disaggregation costs here (ARGS=memory: whether memory stays flat)
+	$(BIN)/tandem bench $(or $(ARGS),disagg)
 
 lint: install-dev ## ruff, buf
 	$(BIN)/ruff check .

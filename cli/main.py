@@ -28,6 +28,7 @@ TANDEM_CONFIG) and from variables such as TANDEM_ENGINE__THREADS=2; `tandem sett
 LAZY = {
     "models": ("cli.models", "Fetch, check and list models."),
     "loadtest": ("cli.loadtest", "Put load on a cluster and measure it."),
+    "bench": ("cli.bench", "Measure speed, memory and what disaggregation costs, on this machine."),
 }
 
 
