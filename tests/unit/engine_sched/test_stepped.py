@@ -1,0 +1,156 @@
+"""Corners of the stepped engine that the contract suite does not reach, on the scripted model."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+
+import numpy as np
+import pytest
+
+from kvtransfer.keys import KeyChain
+from services.engine.api import FinishReason, Hold, Request, Sampling
+from services.engine.build import build
+from services.engine.scripted.model import ScriptedModel
+from services.engine.stepped.batch import batch_of
+from services.engine.stepped.rates import Rates
+from services.engine.stepped.scheduler import Work
+from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.runtime.errors import EngineFailedError
+from services.runtime.load import SettingsError
+from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+
+WAIT = 20.0
+
+
+def scripted(**settings):
+    values = {"kind": "scripted", "block_tokens": 4, "kv_blocks": 16} | settings
+    return build(ModelSettings(name="m"), EngineSettings(**values), KvSettings(), "127.0.0.1")
+
+
+def sequence(prompt, output=(), context=100, **sampling):
+    request = Request("r", tuple(prompt), Sampling(**sampling), tuple(output))
+    found = Sequence.of(1, request, Role.DECODE, KeyChain(b"s" * 16, 4), None)
+    return found.finished(Limits(context, frozenset({2})))
+
+
+def test_what_ends_a_request():
+    assert sequence([2]) is None  # a prompt may end with anything
+    assert sequence([5], [2]) is FinishReason.STOP
+    assert sequence([5], [2], ignore_eos=True) is None
+    assert sequence([5], [9], stop_token_ids=(9,)) is FinishReason.STOP
+    assert sequence([5], [9], stop_token_ids=(9,), ignore_eos=True) is FinishReason.STOP
+    assert sequence([5], [2], min_tokens=1) is None
+    assert sequence([5], [7, 2], min_tokens=1) is FinishReason.STOP
+    assert sequence([5], [7, 7], max_tokens=2) is FinishReason.LENGTH
+    assert sequence([5], [7, 2], max_tokens=2) is FinishReason.STOP
+    assert sequence([5], [7, 7], context=3) is FinishReason.LENGTH
+    assert sequence([5], [7], context=3) is None
+
+
+def test_a_batch_has_its_rows_in_order():
+    works = []
+    for serial, (tokens, computed, count, sample) in enumerate(
+        [([1, 2, 3, 4, 5], 4, 1, True), ([6, 7, 8], 0, 2, False), ([9], 0, 1, True)]
+    ):
+        request = Request(str(serial), tuple(tokens), Sampling())
+        s = Sequence.of(serial, request, Role.DECODE, KeyChain(b"s" * 16, 4), None)
+        s.blocks = [10 * serial + b for b in range(-(-len(tokens) // 4))]
+        works.append(Work(s, computed, count, sample))
+    batch = batch_of(works)
+    assert batch.token_ids.tolist() == [5, 6, 7, 9]
+    assert batch.positions.tolist() == [4, 0, 1, 0]
+    assert batch.query_starts.tolist() == [0, 1, 3, 4]
+    assert batch.block_tables.tolist() == [[0, 1], [10, -1], [20, -1]]
+    assert batch.logit_rows.tolist() == [0, 3]
+    assert {a.dtype for a in (batch.token_ids, batch.positions, batch.logit_rows)} == {
+        np.dtype(np.int32)
+    }
+
+
+def test_the_scripted_model_notices_kv_that_is_not_its_own():
+    model = ScriptedModel("m", block_tokens=4)
+    memory = np.zeros((3, model.layout.block_bytes), dtype=np.uint8)
+    model.bind(memory)
+    s = Sequence.of(
+        1, Request("r", (5, 6, 7, 8, 9), Sampling()), Role.DECODE, KeyChain(b"s" * 16, 4), None
+    )
+    s.blocks = [2, 0]
+    model.forward(batch_of([Work(s, 0, 4, False)]), None, 4)
+    expected = model.forward(batch_of([Work(s, 4, 1, True)]), None, 4)
+    assert np.isfinite(expected).any()
+    s.blocks = [1, 0]
+    with pytest.raises(RuntimeError, match="does not hold"):
+        model.forward(batch_of([Work(s, 4, 1, True)]), None, 4)
+
+
+def test_rates_follow_what_is_measured():
+    rates = Rates()
+    assert (rates.prefill_tokens_per_second, rates.step_seconds) == (0.0, 0.0)
+    rates.step(prompt_tokens=100, seconds=0.5)
+    assert rates.prefill_tokens_per_second == pytest.approx(200)
+    rates.step(prompt_tokens=1, seconds=0.01)  # says nothing about prompts
+    assert rates.prefill_tokens_per_second == pytest.approx(200)
+    for _ in range(100):
+        rates.step(prompt_tokens=100, seconds=0.1)
+    assert rates.prefill_tokens_per_second == pytest.approx(1000, rel=0.01)
+    assert rates.step_seconds == pytest.approx(0.1, rel=0.01)
+
+
+async def test_a_window_beyond_the_pool_stops_the_start():
+    engine = scripted(context_tokens=65)
+    with pytest.raises(SettingsError, match=r"engine\.context_tokens: 65 .* holds 64"):
+        await engine.start()
+    await engine.close()
+
+
+async def test_a_thread_that_dies_is_heard_of():
+    engine = scripted()
+    await engine.start()
+    engine._stepper.finish = broken
+    engine.decode(Request("a", (5, 6), Sampling()), None)
+    async with asyncio.timeout(WAIT):
+        steps = [step async for step in engine.outputs()]
+    (output,) = steps[-1].outputs
+    assert (output.finish_reason, output.error.reason) == (FinishReason.ERROR, "ENGINE_FAILED")
+    with pytest.raises(EngineFailedError):
+        engine.decode(Request("b", (5, 6), Sampling()), None)
+    await engine.close()
+
+
+async def test_a_closed_engine_takes_nothing_and_says_so():
+    engine = scripted()
+    await engine.start()
+    await engine.close()
+    assert [step async for step in engine.outputs()] == []
+    with pytest.raises(EngineFailedError):
+        engine.prefill(Request("b", (5, 6), Sampling()), Hold(1))
+
+
+async def test_steps_take_the_time_they_are_told_to():
+    engine = scripted(scripted_step_seconds=0.02)
+    await engine.start()
+    engine.decode(Request("a", (5, 6), Sampling(max_tokens=5)), None)
+    async with asyncio.timeout(WAIT):
+        async for step in engine.outputs():
+            if step.outputs[-1].finish_reason is not None:
+                break
+    assert engine.stats().step_seconds >= 0.02
+    await engine.close()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without_torch(name, *arguments, **named):
+        if name == "services.engine.torch.engine":
+            raise ModuleNotFoundError("No module named 'numba'", name="numba")
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    with pytest.raises(SettingsError, match=r"numba.*tandem-serving\[torch\]"):
+        build(ModelSettings(), EngineSettings(), KvSettings(), "127.0.0.1")
+
+
+def broken():
+    raise RuntimeError("a bug beyond repair")
