@@ -47,6 +47,8 @@ class Child:
         with open(read_fd, "rb", buffering=0) as ready:  # noqa: ASYNC230 - a pipe
             try:
                 child = cls(name, await _spawn(arguments, log, environment, write_fd), log)
+            except OSError as error:
+                raise ChildFailedError(f"{name} can't be started: {error}") from None
             finally:
                 os.close(write_fd)
             try:

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,3 +363,59 @@ def test_up_and_chat_on_terminals():
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(cluster.pid, signal.SIGKILL)
+
+
+# --- tandem demo -------------------------------------------------------------------------------
+
+
+def demo(*more: str) -> subprocess.CompletedProcess[str]:
+    before = set(psutil.Process().children(recursive=True))
+    ended = subprocess.run(
+        [*COMMAND, "demo", "--engine", "scripted", *more],
+        env=ENVIRONMENT | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert set(psutil.Process().children(recursive=True)) == before
+    return ended
+
+
+def figures(said: str) -> dict[str, tuple[str, str]]:
+    """The two columns of the demo's table, by heading."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in said.splitlines())
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def test_the_demo_moves_kv_and_finds_it_cached():
+    ended = demo("--prompt", "Count to a hundred, one by one.")
+    assert ended.returncode == 0, ended.stderr
+    assert "engine.block_tokens=16, coordinator.local_prefill_tokens=0" in ended.stdout
+    table = figures(ended.stdout)
+    assert table["of them cached"][0] == "0"
+    assert int(table["of them cached"][1]) > 0
+    assert table["transport"][0] == "shm"
+    assert re.match(r"[\d.]+ KiB, blocks: \d+", table["KV moved"][0])
+    assert table["prefill worker"][0].startswith("prefill-0-")
+    assert table["decode worker"][0].startswith("decode-0-")
+    for row in ("time to first token (TTFT)", "between tokens (ITL), p99", "transfer took"):
+        assert re.match(r"[\d.]+ m?s", table[row][0])
+
+
+def test_the_demo_fails_when_the_answer_is_not_the_one_it_knows():
+    ended = demo()
+    assert ended.returncode == 1
+    assert "the answer does not name Tokyo" in ended.stderr
+    (logs,) = re.findall(r"logs: (\S+)", ended.stderr)
+    assert "decode-0.log" in os.listdir(logs)
+    shutil.rmtree(logs)
+
+
+@pytest.mark.model
+def test_the_demo_with_a_real_model():
+    ended = subprocess.run(
+        [*COMMAND, "demo"], env=ENVIRONMENT, capture_output=True, text=True, timeout=110
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Tokyo") == 2
+    assert int(figures(ended.stdout)["of them cached"][1]) >= 16
