@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from cli import flags
 from cli import load_flags as f
@@ -19,7 +22,7 @@ from cli.loadtest import plain_refusals
 from cli.output import INTERRUPTED, plain_errors
 from cli.prepare import prepare
 from cli.up import started
-from loadtest import bench_disagg, bench_memory, plot
+from loadtest import bench_disagg, bench_memory, environment, plot
 from loadtest.bench_disagg import DisaggOptions, Side
 from loadtest.bench_memory import MemoryOptions
 from loadtest.options import Load
@@ -161,6 +164,44 @@ def memory(
                 bench_memory.draw(report, plot_file)
 
         raise typer.Exit(_run(measure))
+
+
+@app.command()
+def coordinator(
+    workers: Annotated[
+        int, typer.Option(min=8, help="In the cluster; a quarter of them prefill.")
+    ] = 1000,
+    blocks: Annotated[int, typer.Option(min=1000, help="KV blocks known, all together.")] = 10**6,
+    prompt_tokens: Annotated[int, typer.Option(min=64, help="Of the prompts placed.")] = 4096,
+    placements: Annotated[int, typer.Option(min=1, help="In a round.")] = 2000,
+    json_file: Json = None,
+) -> None:
+    """Time the coordinator's decisions: placing, prefix lookup, KV events. Needs no cluster."""
+    from loadtest import bench_coordinator
+
+    options = bench_coordinator.Options(workers, blocks, prompt_tokens, placements)
+    with Console(stderr=True).status("measuring, for about half a minute"):
+        report = bench_coordinator.run(options)
+    _show("Coordinator, CPU time", asdict(report), json_file, asdict(options))
+
+
+def _show(
+    title: str, figures: dict[str, Any], json_file: Path | None, options: dict[str, Any]
+) -> None:
+    """Prints figures by name; writes them with where and how they were made."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for name, value in figures.items():
+        rows = value.items() if isinstance(value, dict) else (("", value),)
+        for key, number in rows:
+            table.add_row(f"{name} {key}".strip(), f"{number:,.2f}")
+    Console().print(table)
+    if json_file is not None:
+        here = asdict(environment.here())
+        made = {"options": options, "environment": here, "figures": figures}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(made, indent=1) + "\n")
 
 
 def _run(measure: Measure) -> int:

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from loadtest import environment, plot, session
 from loadtest.errors import LoadTestError
 from loadtest.options import Load, LoadOptions, Prompts
-from loadtest.processes import OWN_NAME
+from loadtest.processes import OWN_NAME, Memory
 from loadtest.view import View
 
 SCHEMA = "tandem.bench.memory/1"
@@ -47,7 +48,8 @@ class Sample:
     seconds: float
     requests: int
     """Ended so far."""
-    rss_bytes: Mapping[str, int]
+    memory: Mapping[str, Memory]
+    """By process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,10 @@ class Growth:
     name: str
     rss_after_warm_up_bytes: int
     rss_last_bytes: int
-    bytes_per_request: float
-    """Slope of the least-squares line through the samples: a single late page moves it little."""
+    rss_per_request: float
+    """Bytes: slope of the least-squares line through the samples."""
+    private_per_request: float
+    """The same of private memory: not moved by a KV pool that is not full yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ async def run(options: MemoryOptions, *, view: View, stop: asyncio.Event) -> Mem
     """
     samples: list[Sample] = []
 
-    def note(seconds: float, requests: int, memory: dict[str, int]) -> None:
+    def note(seconds: float, requests: int, memory: dict[str, Memory]) -> None:
         samples.append(Sample(seconds, requests, memory))
 
     load = Load(users=options.users, requests=options.requests, seconds=options.seconds)
@@ -121,13 +125,18 @@ def growth(samples: list[Sample], warm_up_requests: float) -> tuple[Growth, ...]
             "see growth: ask for more requests"
         )
     requests = np.array([s.requests for s in counted], dtype=np.float64)
-    names = [name for name in counted[-1].rss_bytes if name != OWN_NAME]
+    names = [name for name in counted[-1].memory if name != OWN_NAME]
     found = []
     for name in names:
-        rss = np.array([s.rss_bytes[name] for s in counted], dtype=np.float64)
-        slope = float(np.polyfit(requests, rss, 1)[0])
-        found.append(Growth(name, int(rss[0]), int(rss[-1]), slope))
+        memory = [s.memory[name] for s in counted]
+        rss = _slope(requests, [m.rss_bytes for m in memory])
+        private = _slope(requests, [m.private_bytes for m in memory])
+        found.append(Growth(name, memory[0].rss_bytes, memory[-1].rss_bytes, rss, private))
     return tuple(found)
+
+
+def _slope(requests: NDArray[np.float64], sizes: list[int]) -> float:
+    return float(np.polyfit(requests, np.array(sizes, dtype=np.float64), 1)[0])
 
 
 def show(report: MemoryReport, console: Console) -> None:
@@ -135,11 +144,13 @@ def show(report: MemoryReport, console: Console) -> None:
     warm_up = round(report.options.warm_up_share * report.options.requests)
     title = f"Resident memory after {warm_up} of {report.succeeded} requests"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("", "then, MiB", "at the end, MiB", "growth, bytes/request"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    columns = ("", "then, MiB", "at the end, MiB", "growth, bytes/request", "of private memory")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for g in report.growth:
         then, last = (f"{b / 2**20:.2f}" for b in (g.rss_after_warm_up_bytes, g.rss_last_bytes))
-        table.add_row(g.name, then, last, f"{g.bytes_per_request:+.0f}")
+        growths = (f"{slope:+.0f}" for slope in (g.rss_per_request, g.private_per_request))
+        table.add_row(g.name, then, last, *growths)
     console.print(table)
     for reason, count in report.errors.items():
         console.print(f"{count} requests failed: {reason}", style="red", markup=False)
@@ -155,8 +166,8 @@ def draw(report: MemoryReport, path: Path) -> None:
     """Resident memory over requests, as PNG. Raises PlotUnavailableError, OSError."""
     drawn, (axes,) = plot.figure(1, f"{report.model}: resident memory")
     for g in report.growth:
-        seen = [s for s in report.samples if g.name in s.rss_bytes]
-        rss = [s.rss_bytes[g.name] / 2**20 for s in seen]
+        seen = [s for s in report.samples if g.name in s.memory]
+        rss = [s.memory[g.name].rss_bytes / 2**20 for s in seen]
         axes.plot([s.requests for s in seen], rss, label=g.name)
     axes.axvline(report.options.warm_up_share * report.options.requests, color="grey", ls=":")
     axes.set(xlabel="requests", ylabel="MiB", ylim=(0, None))

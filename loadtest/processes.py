@@ -15,6 +15,15 @@ OWN_NAME = "loadtest"
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident memory of a process."""
+
+    rss_bytes: int
+    private_bytes: int
+    """Without what other processes can map too: KV pools, libraries. Not on Linux: all of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessUsage:
     """What one process used between the first and the last sample."""
 
@@ -43,7 +52,7 @@ class ProcessMeter:
         if own:
             named[OWN_NAME] = os.getpid()
         self._processes: dict[str, psutil.Process] = {}
-        self._first: dict[str, tuple[float, int]] = {}
+        self._first: dict[str, tuple[float, Memory]] = {}
         for name, pid in named.items():
             try:
                 self._processes[name] = psutil.Process(pid)
@@ -51,52 +60,53 @@ class ProcessMeter:
             except psutil.Error as error:
                 raise ProcessError(f"{name}, pid {pid}, can't be measured: {error}") from None
         self._last = dict(self._first)
-        self._most = {name: rss for name, (_, rss) in self._first.items()}
+        self._most = {name: memory.rss_bytes for name, (_, memory) in self._first.items()}
         self._gone: set[str] = set()
 
-    def sample(self) -> dict[str, int]:
-        """Reads all that are left. Returns each one's resident memory now, bytes."""
-        memory = {}
+    def sample(self) -> dict[str, Memory]:
+        """Reads all that are left. Returns each one's memory now."""
+        found = {}
         for name, process in self._processes.items():
             if name in self._gone:
                 continue
             try:
-                cpu, rss = _read(process)
+                cpu, memory = _read(process)
             except psutil.NoSuchProcess:
                 self._gone.add(name)
                 continue
-            self._last[name] = (cpu, rss)
-            self._most[name] = max(self._most[name], rss)
-            memory[name] = rss
-        return memory
+            self._last[name] = (cpu, memory)
+            self._most[name] = max(self._most[name], memory.rss_bytes)
+            found[name] = memory
+        return found
 
     def usage(self, requests: int) -> tuple[ProcessUsage, ...]:
         """Between creation and the last sample; `requests` ended well in that time."""
         return tuple(self._usage(name, requests) for name in self._processes)
 
     def _usage(self, name: str, requests: int) -> ProcessUsage:
-        (cpu_first, rss_first), (cpu_last, rss_last) = self._first[name], self._last[name]
+        (cpu_first, first), (cpu_last, last) = self._first[name], self._last[name]
         cpu = cpu_last - cpu_first
         return ProcessUsage(
             name=name,
             pid=self._processes[name].pid,
             cpu_seconds=cpu,
             cpu_ms_per_request=1e3 * cpu / requests if requests else None,
-            rss_first_bytes=rss_first,
-            rss_last_bytes=rss_last,
+            rss_first_bytes=first.rss_bytes,
+            rss_last_bytes=last.rss_bytes,
             rss_most_bytes=self._most[name],
             gone=name in self._gone,
         )
 
 
-def _read(process: psutil.Process) -> tuple[float, int]:
-    """CPU seconds so far and resident bytes now. Raises NoSuchProcess, for a zombie too."""
+def _read(process: psutil.Process) -> tuple[float, Memory]:
+    """CPU seconds so far and memory now. Raises NoSuchProcess, for a zombie too."""
     with process.oneshot():
         times = process.cpu_times()
-        memory = process.memory_info().rss
-    if memory == 0 and process.status() == psutil.STATUS_ZOMBIE:
+        memory = process.memory_info()
+    if memory.rss == 0 and process.status() == psutil.STATUS_ZOMBIE:
         raise psutil.NoSuchProcess(process.pid)
-    return times.user + times.system, memory
+    found = Memory(memory.rss, memory.rss - getattr(memory, "shared", 0))
+    return times.user + times.system, found
 
 
 def listener(address: str) -> int | None:

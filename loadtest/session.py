@@ -15,7 +15,7 @@ from loadtest.drive import Bounds, Ended, Run
 from loadtest.errors import OptionsError, WarmupError
 from loadtest.options import LoadOptions
 from loadtest.outcome import Outcome, Progress
-from loadtest.processes import ProcessMeter
+from loadtest.processes import Memory, ProcessMeter
 from loadtest.view import View
 from loadtest.wire import InferenceClient, context_tokens
 from loadtest.workload import Recorded, RequestPlan, Source, Synthetic, Workload
@@ -122,11 +122,11 @@ async def run(
     view: View,
     stop: asyncio.Event,
     clock: Callable[[], float] = time.perf_counter,
-    on_memory: Callable[[float, int, dict[str, int]], None] | None = None,
+    on_memory: Callable[[float, int, dict[str, Memory]], None] | None = None,
 ) -> report.Report:
     """Puts the load on and reports; setting `stop` ends it early, with the report so far.
 
-    `on_memory(seconds, requests ended, resident bytes by process)` is called at every sample.
+    `on_memory(seconds, requests ended, memory by process)` is called at every sample.
     Raises LoadTestError, and CallFailedError if the server can't be reached.
     """
     channels = Channels()

@@ -134,7 +134,8 @@ def test_cpu_time_and_memory_of_processes_are_measured():
     (usage,) = meter.usage(requests=10)
     assert usage.cpu_seconds == pytest.approx(0.2, abs=0.1)
     assert usage.cpu_ms_per_request == pytest.approx(usage.cpu_seconds * 100)
-    assert memory["me"] == usage.rss_last_bytes > 2**20
+    assert memory["me"].rss_bytes == usage.rss_last_bytes > 2**20
+    assert 0 < memory["me"].private_bytes <= usage.rss_last_bytes
     assert not usage.gone
 
 
