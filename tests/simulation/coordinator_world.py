@@ -408,10 +408,12 @@ class World(Book):
         assert self.known.keys() == living.keys()
         for name, worker in living.items():
             assert core.index._held[name] == worker.held, f"{name}: the index is not the truth"
-            load = core.members.get(name).load
-            assert not load.bookings, f"{name}: bookings leaked"
-            assert load.requests == len(worker.running)
+            assert not core.members.get(name).load.bookings, f"{name}: bookings leaked"
         assert len(core.index) == len(set().union(*(w.held for w in living.values())))
+        for name, worker in living.items():
+            self.tell(m.WorkerHeartbeat(worker.stream, worker.stats()))
+            load = core.members.get(name).load
+            assert load.requests == len(worker.running) + len(load.bookings)
         for asked in self.asked.values():  # only what nobody has room for may wait for ever
             assert asked.deadline is None
             sizes = [w.info.total_blocks for w in living.values()]

@@ -214,7 +214,8 @@ class Core:
         if failed is not None:
             if event.unreachable and failed.signal(Signal.UNREACHABLE):
                 self._recheck = True
-            failed.load.refused = failed.load.refused or event.failure in WORKER_FULL
+            if event.failure in WORKER_FULL:
+                failed.load.refuse()
             self.pools.put(failed)
         attempt_id = (event.request_id, event.attempt)
         if attempt_id in self._attempts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.coordinator.core.feed import KvFeed
 from services.coordinator.core.load import Load
@@ -80,6 +80,12 @@ class Worker:
     """Number of the last placement that it got; 0 before the first."""
     turns: int = 0
     """Placements that it got."""
+    capacity: int = field(init=False)
+    """Most tokens of one request that it can hold."""
+
+    def __post_init__(self) -> None:
+        info = self.info
+        self.capacity = min(info.context_tokens, info.total_blocks * info.block_tokens)
 
     @property
     def worker_id(self) -> str:

@@ -25,7 +25,7 @@ from services.coordinator.core.scoring import (
     pick,
 )
 
-SHORTLIST = 16
+SHORTLIST = 8
 """Least loaded workers, and as many holders of the prefix at most, that a decision looks at."""
 
 
@@ -172,7 +172,7 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
     present = [w for pool in pools for w in pool.decode.present.values()]
     left = [w for w in present if w.worker_id not in want.exclude_workers]
     if left:
-        most = max(_capacity(w) for w in left) - 1
+        most = max(w.capacity for w in left) - 1
         return Refusal(
             Reason.INVALID_REQUEST,
             f"context_tokens: {want.context_tokens} is more than any decode worker of "
@@ -189,17 +189,11 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
     return Refusal(Reason.NO_WORKERS, words, metadata={"role": "decode", "model": want.model})
 
 
-def _capacity(worker: Worker) -> int:
-    """Most tokens of one request that the worker can hold."""
-    info = worker.info
-    return min(info.context_tokens, info.total_blocks * info.block_tokens)
-
-
 def _usable(worker: Worker, want: PlaceRequest) -> bool:
     """Whether the worker could take the request if it had room."""
-    if worker.worker_id in want.exclude_workers:
+    if worker.info.worker_id in want.exclude_workers:
         return False
-    return want.context_tokens < _capacity(worker)
+    return want.context_tokens < worker.capacity
 
 
 def _has_room(worker: Worker, want: PlaceRequest) -> bool:
@@ -210,9 +204,9 @@ def _has_room(worker: Worker, want: PlaceRequest) -> bool:
 
 def _remarks(pool: Pool, want: PlaceRequest) -> Iterator[str]:
     """What about the request itself shaped the choice."""
-    known = {**pool.prefill.present, **pool.decode.present}
-    for name in sorted(want.exclude_workers & known.keys()):
-        yield f"not {name}: it failed this request"
+    for name in sorted(want.exclude_workers):
+        if name in pool.prefill.present or name in pool.decode.present:
+            yield f"not {name}: it failed this request"
     if want.kv_layout and want.kv_layout != pool.kv_layout:
         yield "the KV layout asked for has no workers with room: another one, nothing cached"
 

@@ -15,7 +15,7 @@ NOMINAL_TOKENS_PER_SECOND = 1000.0
 """Prefill rate taken for a worker that has measured none, where none of its peers has either."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Candidate:
     """A worker that could take a request."""
 
@@ -85,7 +85,10 @@ PREFILL: Weights = ((promptness, 1.0), (nearness, 0.02))
 
 def score(candidate: Candidate, weights: Weights) -> float:
     """The weighted sum."""
-    return sum(weight * scorer(candidate) for scorer, weight in weights)
+    total = 0.0
+    for scorer, weight in weights:
+        total += weight * scorer(candidate)
+    return total
 
 
 def pick(candidates: Iterable[Candidate], weights: Weights, draw: Callable[[], float]) -> Candidate:

@@ -51,7 +51,7 @@ def test_credits_never_make_more_than_there_is():
 
 def test_a_worker_that_refused_has_no_room_until_it_reports():
     worker = load()
-    worker.refused = True
+    worker.refuse()
     assert worker.room == 0
     worker.report(WorkerStats(free_blocks=100), 1.0)
     assert worker.room == 10
