@@ -11,6 +11,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from services.coordinator.app import serve
+from services.coordinator.core import messages as m
+from services.coordinator.core.core import Core, Rules
+from services.coordinator.service import Driver
 from services.runtime.settings import CoordinatorProcess, CoordinatorSettings, ServerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
@@ -296,3 +299,22 @@ async def test_stopping_ends_everyones_wait():
         await eventually(lambda: queued(stub, 1))
     await waiting
     await ended
+
+
+async def test_an_answer_that_nobody_takes_any_more_books_nothing():
+    """The caller gives up in the very moment in which it gets its turn."""
+    core = Core(Rules(3.0, 10, 64), 0.0, lambda: 0.0)
+    driver = Driver(core, "c", clock=lambda: 1.0)
+    info = m.WorkerInfo("decode-0", m.Role.DECODE, "h:1", "m", "l", 16, 64, 1, 512)
+    full = m.WorkerStats(running=2, free_blocks=64)
+    driver.dispatch(m.WorkerHello(1, info, full))
+    want_one = m.PlaceRequest("r", 0, "m", (), 32, 8)
+    waiting = asyncio.create_task(driver.place(want_one, None))
+    await asyncio.sleep(0)
+    assert len(core.queue) == 1
+    driver.dispatch(m.WorkerHeartbeat(1, m.WorkerStats(free_blocks=64)))
+    assert core.members.get("decode-0").load.requests == 1
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert core.members.get("decode-0").load.requests == 0
