@@ -278,6 +278,7 @@ class KvStore:
                 watch.failure = lost(lease_id, why)
             elif self._leases.state(lease_id) is LeaseState.COMPLETE:
                 self._watches.completed(lease_id)
+        self._changed()
         return watch
 
     def take(self, watch: Watch, limit: int) -> list[Piece]:
@@ -299,6 +300,7 @@ class KvStore:
         """A fetch ended, in whatever way. Idempotent."""
         with self._lock:
             self._watches.remove(watch)
+        self._changed()
 
     # News and proofs
 
@@ -317,7 +319,7 @@ class KvStore:
             return self._log.drain(self._pool.keys)
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, from any thread, when events() may have news or blocks became available.
+        """Calls back, from any thread, whenever keys, free blocks, leases or fetches changed.
 
         The callback must be quick and not raise. Returns what takes it off again.
         """

@@ -1,0 +1,305 @@
+"""What every transport must do (kvtransfer/transports/base.py). Source and sink are two processes.
+
+Memory on both sides holds known bytes, so a test can tell where each byte came from.
+"""
+
+import asyncio
+import contextlib
+import functools
+import random
+import secrets
+import signal
+
+import numpy as np
+import pytest
+
+from kvtransfer.errors import TransportError
+from kvtransfer.memory import NONCE_BYTES, Segment
+from kvtransfer.offload import Offload
+from kvtransfer.transports.base import Offer, Read, Transport
+from kvtransfer.transports.shm import ShmTransport, host_identity
+from kvtransfer.transports.tcp import TcpTransport
+from tests.contract.kv_rig import RemoteSource
+from tests.contract.kv_source import content
+
+NAMES = ("shm", "tcp")
+SOURCE_BLOCKS = 2000
+SINK_BYTES = 28 * 2**20
+
+
+@pytest.fixture(params=NAMES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def shared_sources():
+    """One source for each transport, for tests that don't harm it."""
+    sources = {n: RemoteSource(transports=[n], blocks=SOURCE_BLOCKS) for n in NAMES}
+    yield sources
+    for source in sources.values():
+        source.close()
+
+
+@pytest.fixture
+def own_source(name):
+    """A source for a test that harms it."""
+    source = RemoteSource(transports=[name], blocks=SOURCE_BLOCKS)
+    yield source
+    source.close()
+
+
+@pytest.fixture
+def segment():
+    segment = Segment(SINK_BYTES, secrets.token_bytes(NONCE_BYTES))
+    yield segment
+    segment.close()
+
+
+@pytest.fixture
+async def sink(name, segment):
+    """The transport at the sink."""
+    offload = Offload()
+    made: Transport
+    if name == "shm":
+        made = ShmTransport(segment, offload, host_identity(), idle_seconds=0.2)
+    else:
+        made = TcpTransport(segment, "127.0.0.1", 0, idle_seconds=0.2)
+    await made.start()
+    yield made
+    await made.close()
+    offload.close()
+
+
+@functools.cache
+def whole(size: int) -> np.ndarray:
+    """What every source's memory holds."""
+    return content(b"whole---", size)
+
+
+class Place:
+    """A source's ticket, address and bytes."""
+
+    def __init__(self, source: RemoteSource, ticket: dict) -> None:
+        self.address = source.address
+        self.ticket = Offer(ticket["name"], ticket["attributes"])
+        self.data = whole(ticket["bytes"])
+
+
+@pytest.fixture
+async def place(name, shared_sources) -> Place:
+    source = shared_sources[name]
+    return Place(source, await source.do("ticket"))
+
+
+@pytest.fixture
+async def own_place(own_source) -> Place:
+    return Place(own_source, await own_source.do("ticket"))
+
+
+def disjoint(seed: int, remote_bytes: int, count: int, largest: int) -> list[Read]:
+    """Reads of anywhere to places that do not overlap."""
+    rng = random.Random(seed)
+    reads, at = [], 0
+    for _ in range(count):
+        length = rng.choice([0, 1, 7, 64, 4096, largest])
+        at += rng.choice([0, 1, 100])
+        reads.append(Read(rng.randrange(remote_bytes - length), at, length))
+        at += length
+    rng.shuffle(reads)
+    return reads
+
+
+async def eventually(condition) -> None:
+    """Lets the loop run until something is so."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("count", "largest"), [(1, 1), (40, 100_000), (1000, 10_000)])
+async def test_reads_put_each_byte_in_its_place_and_touch_no_other(
+    sink, place, segment, count, largest
+):
+    segment.data[:] = expected = np.full(SINK_BYTES, 0xEE, np.uint8)
+    reads = disjoint(count, len(place.data), count, largest)
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.read(reads, 10)
+    await reader.close()
+    for read in reads:
+        source = place.data[read.remote : read.remote + read.length]
+        expected[read.local : read.local + read.length] = source
+    assert np.array_equal(segment.data, expected)
+
+
+async def test_one_read_larger_than_any_buffer(sink, place, segment):
+    size = len(place.data)
+    assert size > 10 * 2**20
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.read([Read(0, 64, size)], 10)
+    await reader.close()
+    assert np.array_equal(segment.data[64 : 64 + size], place.data)
+
+
+async def test_nothing_to_read(sink, place):
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.read([], 1)
+    await reader.read([Read(0, 0, 0)], 1)
+    await reader.close()
+
+
+async def test_readers_at_once(sink, place, segment):
+    part = 2**20
+
+    async def one(index: int) -> None:
+        reader = await sink.connect(place.ticket, place.address, 5)
+        for step in range(3):
+            await reader.read([Read((index + step) * part, index * part, part)], 10)
+        await reader.close()
+
+    await asyncio.gather(*(one(i) for i in range(8)))
+    for index in range(8):
+        assert np.array_equal(
+            segment.data[index * part : (index + 1) * part],
+            place.data[(index + 2) * part : (index + 3) * part],
+        )
+
+
+async def test_closing_is_final_and_idempotent(sink, place):
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.close()
+    await reader.close()
+    with pytest.raises(TransportError):
+        await reader.read([Read(0, 0, 1)], 1)
+
+
+async def test_reads_outside_of_memory_are_refused(sink, place, segment):
+    size = len(place.data)
+    bad = [
+        Read(size, 0, 1),
+        Read(size - 3, 0, 4),
+        Read(-1, 0, 2),
+        Read(0, SINK_BYTES - 1, 2),
+        Read(0, -1, 2),
+        Read(0, 0, -1),
+        Read(2**63, 0, 2**10),
+    ]
+    before = segment.data.copy()
+    for read in bad:
+        reader = await sink.connect(place.ticket, place.address, 5)
+        with pytest.raises(TransportError):
+            await reader.read([read], 5)
+        await reader.close()
+    assert np.array_equal(segment.data, before)
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.read([Read(size - 4, 0, 4)], 5)
+    await reader.close()
+
+
+@pytest.mark.parametrize("change", [{"nonce": "00" * 16}, {"nonce": "zz"}, {"nonce": ""}])
+async def test_only_the_ticket_of_this_run_opens_it(sink, place, change):
+    ticket = Offer(place.ticket.name, {**place.ticket.attributes, **change})
+    with pytest.raises(TransportError):
+        await sink.connect(ticket, place.address, 5)
+
+
+async def test_an_empty_ticket_is_an_error_not_a_crash(sink, place):
+    with pytest.raises(TransportError):
+        await sink.connect(Offer(place.ticket.name, {}), place.address, 5)
+
+
+async def test_after_a_cancel_nothing_is_written(sink, place, segment):
+    size = len(place.data)
+    for started in range(6):
+        segment.data[:] = 0xEE
+        reader = await sink.connect(place.ticket, place.address, 5)
+        task = asyncio.create_task(reader.read([Read(0, 0, size)], 10))
+        wanted = started * size // 6
+        # Cancelled with this much of the data in place.
+        await eventually(lambda at=wanted, t=task: segment.data[at] != 0xEE or t.done())
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        left = segment.data.copy()
+        await reader.close()
+        other = await sink.connect(place.ticket, place.address, 5)
+        await other.read([Read(0, size, size)], 10)
+        await other.close()
+        assert np.array_equal(segment.data[:size], left[:size])
+
+
+async def test_a_read_ends_in_time_when_the_source_is_frozen(name, sink, own_source, own_place):
+    reader = await sink.connect(own_place.ticket, own_place.address, 5)
+    own_source.signal(signal.SIGSTOP)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    reading = reader.read([Read(0, 0, len(own_place.data))], 0.5)
+    if name == "shm":
+        await reading  # Its memory needs nobody's help.
+    else:
+        with pytest.raises(TransportError):
+            await reading
+    await reader.close()
+    assert loop.time() - began < 5
+
+
+async def test_connecting_to_a_frozen_source_ends_in_time(sink, own_source, own_place):
+    own_source.signal(signal.SIGSTOP)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with contextlib.suppress(TransportError):
+        reader = await sink.connect(own_place.ticket, own_place.address, 0.5)
+        await reader.close()
+    assert loop.time() - began < 5
+
+
+async def test_a_source_that_was_killed_is_an_error(sink, own_source, own_place):
+    own_source.kill()
+    with pytest.raises(TransportError):
+        await sink.connect(own_place.ticket, own_place.address, 5)
+
+
+async def test_a_source_killed_under_a_reader(name, sink, own_source, own_place, segment):
+    reader = await sink.connect(own_place.ticket, own_place.address, 5)
+    await reader.read([Read(0, 0, 100)], 5)
+    own_source.kill()
+    if name == "shm":
+        # The mapping keeps what was there: the bytes are still right.
+        await reader.read([Read(100, 0, 100)], 5)
+        assert np.array_equal(segment.data[:100], own_place.data[100:200])
+    else:
+        with pytest.raises(TransportError):
+            await reader.read([Read(100, 0, 100)], 5)
+    await reader.close()
+
+
+def _kept(transport: Transport) -> int:
+    return len(transport._mappings if isinstance(transport, ShmTransport) else transport._kept)
+
+
+async def test_what_is_kept_serves_again_and_is_given_up_when_idle(sink, place, segment):
+    for at in (0, 100):
+        reader = await sink.connect(place.ticket, place.address, 5)
+        await reader.read([Read(at, at, 100)], 5)
+        await reader.close()
+        assert _kept(sink) == 1
+    assert np.array_equal(segment.data[:200], place.data[:200])
+    await eventually(lambda: _kept(sink) == 0)
+
+
+async def test_closing_the_transport_gives_everything_up(sink, place):
+    idle = await sink.connect(place.ticket, place.address, 5)
+    used = await sink.connect(place.ticket, place.address, 5)
+    await idle.close()
+    await sink.close()
+    await used.close()
+    await sink.close()
+    assert _kept(sink) == 0
+
+
+async def test_offers_are_plain_and_do_not_tell_the_nonce(sink, segment):
+    for offer in (sink.source_offer(), sink.sink_offer()):
+        assert offer.name == sink.name
+        assert segment.nonce.hex() not in offer.attributes.values()
+    assert sink.obstacle(sink.source_offer(), sink.sink_offer()) == ""
+    assert sink.why_not() == ""
