@@ -88,6 +88,8 @@ def loadtest(
             plot.check_available()
         if compare is not None:
             return _compare(compare, plot_file)
+        if rows and json_file is None:
+            raise OptionsError("--rows are written to the report: say where, with --json")
         frontend, known_coordinator = flags.addresses(config, os.environ)
         share, tokens, count = f.prefix(prefix)
         options = LoadOptions(

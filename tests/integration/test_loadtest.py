@@ -345,3 +345,36 @@ def test_the_command_refuses_in_words_and_status():
     nobody = ask("-a", "127.0.0.1:1")
     assert nobody.returncode == 3
     assert "127.0.0.1:1" in nobody.stderr
+
+
+async def bench(*arguments):
+    """`tandem bench` on clusters of its own; returns what it printed."""
+    command = [sys.executable, "-m", "cli.main", "bench", *arguments, "--engine", "scripted"]
+    ran = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+async def test_both_sides_of_disaggregation_are_measured(tmp_path):
+    file = tmp_path / "d.json"
+    shape = ["--input", "120", "--output", "6", "-u", "2", "--rounds", "2", "-n", "3"]
+    await bench("disagg", *shape, "--json", str(file))
+    found = json.loads(file.read_text())
+    assert found["schema"] == "tandem.bench.disagg/1"
+    measures = {r["measure"] for r in found["ratios"]}
+    assert {"TTFT p50, ms", "ITL p50, ms", "CPU ms/request"} <= measures
+    assert all(r["users"] == 2 and r["low"] <= r["median"] <= r["high"] for r in found["ratios"])
+    assert found["kv_bytes_per_request"] > 0
+    assert found["options"]["single"]["pids"].keys() == {"coordinator", "frontend", "decode-0"}
+
+
+async def test_memory_of_every_process_is_watched(tmp_path):
+    file = tmp_path / "m.json"
+    steps = ["--set", "engine.scripted_step_seconds=0.02"]
+    await bench("memory", "-n", "160", "--json", str(file), *steps)
+    found = json.loads(file.read_text())
+    assert found["succeeded"] == 160
+    assert found["errors"] == {}
+    names = {g["name"] for g in found["growth"]}
+    assert names == {"coordinator", "frontend", "prefill-0", "decode-0"}
+    assert found["samples"][-1]["requests"] == 160
