@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -118,13 +118,12 @@ class LiveView(NoView):
         done = len(run.outcomes)
         progress = max(done / self._load.requests, min(1.0, seconds / self._load.seconds))
         grid = Table.grid(padding=(0, 2))
+        grid.add_row("", ProgressBar(total=1.0, completed=min(progress, 1.0), width=50))
         for name, value in _facts(self._so_far, run, seconds, self._load):
             grid.add_row(f"[dim]{name}[/dim]", value)
         for reason, count in self._so_far.errors.most_common():
             grid.add_row(f"[red]{reason}[/red]", str(count))
-        self._live.update(
-            Group(ProgressBar(total=1.0, completed=min(progress, 1.0), width=60), grid)
-        )
+        self._live.update(grid)
 
 
 class PlainView(NoView):
