@@ -66,7 +66,7 @@ def run(options: Options) -> Report:
     cluster = _Cluster(options, prompts)
     wanted = cluster.requests(options.placements)
     placing = _median(lambda _: cluster.place_and_end(wanted), options.placements)
-    beating = _median(cluster.heartbeat, options.workers)
+    beating = _median(cluster.heartbeat, options.placements)
     name = next(iter(index.names(1)))
     return Report(
         placement_us=placing * 1e6,
@@ -184,9 +184,10 @@ class _Cluster:
             handle(m.AttemptEnded(str(number), 0), self._now)
 
     def heartbeat(self, count: int) -> None:
-        """Every worker reports, nothing changed."""
+        """Workers report in turn, nothing changed."""
         for number in range(count):
-            self._core.handle(m.WorkerHeartbeat(number, self._stats), self._now)
+            stream = number % self._options.workers
+            self._core.handle(m.WorkerHeartbeat(stream, self._stats), self._now)
 
 
 def _median(work: Callable[[int], object], count: int) -> float:
