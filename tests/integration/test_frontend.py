@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -15,6 +18,7 @@ import pytest
 from kvtransfer.keys import block_keys, salt
 from services.frontend import coordinator as coordinator_module
 from services.frontend import workers as workers_module
+from services.frontend.app import serve_model
 from services.frontend.coordinator import Coordinator
 from services.frontend.live import Cluster
 from services.frontend.service import Chance, InferenceServicer
@@ -29,7 +33,7 @@ from services.runtime.errors import (
     from_rpc,
 )
 from services.runtime.server import Server
-from services.runtime.settings import FrontendSettings, ServerSettings
+from services.runtime.settings import FrontendProcess, FrontendSettings, ServerSettings
 from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
@@ -74,7 +78,8 @@ class Letters:
             case Chat(messages):
                 if messages[0][0] == "alien":
                     raise InvalidRequestError("chat.messages[0].role", "alien", "user")
-                return [ord(c) - 96 for _, content in messages for c in content]
+                letters = "".join(content for _, content in messages).lower()
+                return [ord(c) - 96 for c in letters if c.isalpha()]
         return list(asked.token_ids)
 
     def detokenizer(self):
@@ -149,9 +154,14 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.running: dict[str, Running] = {}
         self.pause_at: int | None = None
         self.paused = asyncio.Event()
+        self._resumed = asyncio.Event()
         self.refusal: tuple[str, str] | None = None
         self.refusals = 1000
         self.frame_tokens = 1
+
+    def go_on(self):
+        self.pause_at = None
+        self._resumed.set()
 
     async def Decode(self, request_iterator, context):  # noqa: N802
         self.streams += 1
@@ -215,7 +225,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         while True:
             if self.pause_at is not None and len(running.tokens) >= self.pause_at:
                 self.paused.set()
-                await asyncio.Event().wait()
+                await self._resumed.wait()
             count = min(self.frame_tokens, limit - len(running.tokens))
             new = following([*prompt, *running.tokens], count)
             running.tokens += new
@@ -303,6 +313,7 @@ class World:
     prefill: dict[str, FakePrefill] = field(default_factory=dict)
     decode: dict[str, FakeDecode] = field(default_factory=dict)
     coordinator_address: str = ""
+    address: str = ""
     workers: Workers | None = None
     stub: inference_pb2_grpc.InferenceServiceStub | None = None
 
@@ -368,8 +379,8 @@ async def a_world(**settings):
     with ThreadPoolExecutor(1) as texts:
         servicer = InferenceServicer(world.model, cluster, frontend, texts, chance)
         adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
-        server, address = await listen((adder, servicer, "i"))
-        channel = grpc.aio.insecure_channel(address)
+        server, world.address = await listen((adder, servicer, "i"))
+        channel = grpc.aio.insecure_channel(world.address)
         world.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             yield world
@@ -882,6 +893,55 @@ async def test_a_stream_in_use_is_not_idle(world, monkeypatch):
     await world.workers.close_idle()
     assert world.decode["d0"].ended_streams == 0
     call.cancel()
+
+
+# Documentation
+
+
+async def test_the_client_in_the_docs_works_as_pasted(world, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "127.0.0.1:7400" in block
+    script = tmp_path / "client.py"
+    script.write_text(block.replace("127.0.0.1:7400", world.address))
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+    )
+    out, _ = await asyncio.wait_for(client.communicate(), 30)
+    assert client.returncode == 0
+    expected = following(world.model.encode(Chat((("", "What is the capital of Japan?"),))), 48)
+    room = 64 - len("WhatisthecapitalofJapan")
+    first, second = out.decode().splitlines()
+    assert first == spelled(expected[:room])
+    assert second.startswith(f"{room} tokens")
+
+
+# The process
+
+
+async def test_on_stop_running_requests_finish_and_new_ones_are_refused(world):
+    world.decode["d0"].pause_at = 4
+    process = FrontendProcess(
+        server=ServerSettings(port=0, drain_seconds=10),
+        frontend=FrontendSettings(coordinator=world.coordinator_address),
+    )
+    stop, address = asyncio.Event(), asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(
+        serve_model(world.model, process, ready=address.set_result, stop=stop)
+    )
+    async with grpc.aio.insecure_channel(await address) as channel:
+        world.stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = world.stream(ask())
+        messages = [await call.read()]
+        await world.decode["d0"].paused.wait()
+        stop.set()
+        await eventually(lambda: channel.get_state() is not grpc.ChannelConnectivity.READY)
+        assert (await failure(world.whole(ask()))).code() is grpc.StatusCode.UNAVAILABLE
+        world.decode["d0"].go_on()
+        messages += await collect_rest(call)
+        assert tokens_of(messages) == answer_to("tandem", 12)
+        await asyncio.wait_for(serving, 10)
+    await eventually(lambda: world.decode["d0"].ended_streams == 1)
 
 
 # Bad input
