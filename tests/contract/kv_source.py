@@ -11,6 +11,7 @@ import json
 import sys
 
 import numpy as np
+import uvloop
 
 from kvtransfer.endpoint import KvEndpoint
 from kvtransfer.layout import KvLayout, gqa_layout
@@ -176,4 +177,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
