@@ -90,7 +90,7 @@ class ModelConfig:
             kv_heads=_whole(found, "num_key_value_heads", heads),
             head_dim=_whole(found, "head_dim", hidden // heads),
             positions=_whole(found, "max_position_embeddings", 2048),
-            norm_epsilon=float(found.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=_number({"rms_norm_eps": 1e-6, **found}, "rms_norm_eps"),
             rope=_rope(found),
             tied_embeddings=bool(found.get("tie_word_embeddings", False)),
             attention_bias=bool(found.get("attention_bias", False)),
@@ -136,7 +136,7 @@ def _rope(found: Mapping[str, Any]) -> Rope:
     """From `rope_parameters` (newer) or `rope_theta` and `rope_scaling`."""
     given = dict(found.get("rope_scaling") or {})
     given.update(found.get("rope_parameters") or {})
-    theta = float(given.get("rope_theta", found.get("rope_theta", 10000.0)))
+    theta = _number({"rope_theta": found.get("rope_theta") or 10000.0, **given}, "rope_theta")
     kind = given.get("rope_type", given.get("type", "default"))
     partial = given.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -145,18 +145,23 @@ def _rope(found: Mapping[str, Any]) -> Rope:
         return Rope(theta)
     if kind not in ("linear", "llama3"):
         raise _unsupported("rope_type", kind, "default, linear or llama3")
-    if "factor" not in given:
-        raise _unsupported("rope factor", None, "a number")
     if kind == "linear":
-        return Rope(theta, kind, factor=float(given["factor"]))
+        return Rope(theta, kind, factor=_number(given, "factor"))
     return Rope(
         theta,
         kind,
-        factor=float(given["factor"]),
-        low=float(given["low_freq_factor"]),
-        high=float(given["high_freq_factor"]),
-        original_positions=int(given["original_max_position_embeddings"]),
+        factor=_number(given, "factor"),
+        low=_number(given, "low_freq_factor"),
+        high=_number(given, "high_freq_factor"),
+        original_positions=_whole(given, "original_max_position_embeddings"),
     )
+
+
+def _number(found: Mapping[str, Any], key: str) -> float:
+    value = found.get(key)
+    if not isinstance(value, int | float) or not value > 0:
+        raise _unsupported(key, value, "a number above 0")
+    return float(value)
 
 
 def scaled_frequencies(frequencies: list[float], rope: Rope) -> list[float]:

@@ -243,8 +243,10 @@ def _write(source: int, kind: int, data: int, scale_at: int, width: int, kv_kind
         for i in range(0, width, LANES):
             most = larger(absolute(load_values(source, i, kind)), most)
         scale = divide(splat_f32(largest_lane(most)), splat_f32(FP8_LARGEST))
-        # A vector of zeros has scale 1 rather than 0, by which nothing can be divided.
-        scale = if_less(splat_f32(0.0), scale, scale, splat_f32(1.0))
+        # A vector of zeros has scale 0, by which nothing can be divided; its codes are 0.
+        zero, one = splat_f32(0.0), splat_f32(1.0)
+        divisor = if_less(zero, scale, scale, one)
         poke_f32(scale_at, largest_lane(scale))
         for i in range(0, width, LANES):
-            store_u8(data + i, to_fp8(divide(load_values(source, i, kind), scale)))
+            value = divide(load_values(source, i, kind), divisor)
+            store_u8(data + i, to_fp8(if_less(zero, scale, value, zero)))
