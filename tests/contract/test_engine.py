@@ -43,8 +43,9 @@ CHUNK = 20
 WAIT = 60.0
 GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_tokens=12, seed=7, ignore_eos=True)
+# Negative penalties draw tokens to what was generated before: a count that is off shows.
 PENALIZED = dataclasses.replace(
-    SAMPLED, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, top_k=40
+    SAMPLED, repetition_penalty=1.05, presence_penalty=-2.0, frequency_penalty=-1.0, top_k=40
 )
 
 

@@ -90,7 +90,7 @@ class ScriptedModel:
         for i, row in enumerate(batch.logit_rows):
             sequence = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
             length = int(batch.positions[row]) + 1
-            logits[i] = _logits(self._read(batch.block_tables[sequence], length))
+            logits[i] = logits_of(self._read(batch.block_tables[sequence], length))
         return logits
 
     def _places(self, batch: StepBatch) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -119,7 +119,8 @@ def _mask(layer: int) -> np.uint32:
     return np.uint32((layer + 1) * 0x9E3779B1 & 0xFFFFFFFF)
 
 
-def _logits(tokens: bytes) -> NDArray[np.float32]:
+def logits_of(tokens: bytes) -> NDArray[np.float32]:
+    """What the model says after these tokens, each a little-endian uint32: [GENERATED]."""
     bits = np.frombuffer(hashlib.shake_128(tokens).digest(2 * GENERATED), dtype="<u2")
     logits = bits.astype(np.float32) * np.float32(_SPREAD / 2**16)
     logits[: EOS + 1] = -np.inf

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from kvtransfer.keys import KeyChain
-from services.engine.api import FinishReason, Hold, Request, Sampling
+from services.engine.api import FinishReason, Hold, Request, Sampling, TokenOutput
 from services.engine.build import build
 from services.engine.scripted.model import ScriptedModel
+from services.engine.scripted.model import logits_of as scripted_logits
 from services.engine.stepped.batch import batch_of
 from services.engine.stepped.rates import Rates
+from services.engine.stepped.sampler import Occurrences, Row, sample
 from services.engine.stepped.scheduler import Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.engine.stepped.step import StepResult
 from services.runtime.errors import EngineFailedError
 from services.runtime.load import SettingsError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
@@ -50,13 +53,13 @@ def test_what_ends_a_request():
 
 def test_a_batch_has_its_rows_in_order():
     works = []
-    for serial, (tokens, computed, count, sample) in enumerate(
+    for serial, (tokens, computed, count, wanted) in enumerate(
         [([1, 2, 3, 4, 5], 4, 1, True), ([6, 7, 8], 0, 2, False), ([9], 0, 1, True)]
     ):
         request = Request(str(serial), tuple(tokens), Sampling())
         s = Sequence.of(serial, request, Role.DECODE, KeyChain(b"s" * 16, 4), None)
         s.blocks = [10 * serial + b for b in range(-(-len(tokens) // 4))]
-        works.append(Work(s, computed, count, sample))
+        works.append(Work(s, computed, count, wanted))
     batch = batch_of(works)
     assert batch.token_ids.tolist() == [5, 6, 7, 9]
     assert batch.positions.tolist() == [4, 0, 1, 0]
@@ -95,6 +98,58 @@ def test_rates_follow_what_is_measured():
         rates.step(prompt_tokens=100, seconds=0.1)
     assert rates.prefill_tokens_per_second == pytest.approx(1000, rel=0.01)
     assert rates.step_seconds == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=40, seed=5),
+        Sampling(max_tokens=40, seed=5, top_k=30, min_tokens=35, stop_token_ids=tuple(range(99))),
+        Sampling(max_tokens=40, seed=6, presence_penalty=-2.0, frequency_penalty=-0.5),
+        Sampling(max_tokens=40, seed=6, temperature=0.0, repetition_penalty=0.7),
+    ],
+)
+@pytest.mark.parametrize("given", [0, 3])
+async def test_the_engine_does_what_a_plain_loop_does(sampling, given):
+    prompt, tokens = [7, 8, 9, 10, 300], [7, 8, 9, 10, 300]
+    while len(tokens) < len(prompt) + 40:
+        forbidden = set(sampling.stop_token_ids)
+        if len(tokens) - len(prompt) >= sampling.min_tokens:
+            forbidden = set()
+        seen = Occurrences(prompt)
+        seen.follow(tokens)
+        row = Row(sampling, len(tokens), seen, frozenset(forbidden))
+        logits = scripted_logits(np.array(tokens, dtype="<u4").tobytes())
+        tokens.append(sample(logits[None], [row])[0].token)
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    outputs = tokens[len(prompt) :]
+    engine = scripted()
+    await engine.start()
+    request = Request("a", tuple(prompt), sampling, tuple(outputs[:given]))
+    engine.decode(request, None)
+    found = []
+    async with asyncio.timeout(WAIT):
+        async for step in engine.outputs():
+            found += step.outputs[0].token_ids
+            if step.outputs[0].finish_reason is not None:
+                break
+    await engine.close()
+    assert outputs[:given] + found == outputs
+
+
+async def test_what_was_computed_for_a_cancelled_request_is_not_its_successors():
+    engine = scripted()
+    await engine.start()
+    engine.decode(Request("a", (5, 6), Sampling(max_tokens=1)), None)
+    stale = engine._live["a"].serial
+    engine.cancel("a")
+    engine.decode(Request("a", (5, 7), Sampling(max_tokens=1)), None)
+    engine._take(StepResult(outputs=[(stale, TokenOutput("a", (1, 2, 3)))]))
+    async with asyncio.timeout(WAIT):
+        step = await anext(engine.outputs())
+    assert len(step.outputs[0].token_ids) == 1
+    await engine.close()
 
 
 async def test_a_window_beyond_the_pool_stops_the_start():
