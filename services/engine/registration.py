@@ -122,7 +122,7 @@ class Registration:
             await session
         except asyncio.CancelledError:
             return
-        except (grpc.RpcError, TimeoutError, _EndedError) as error:
+        except (grpc.RpcError, grpc.aio.BaseError, TimeoutError, _EndedError) as error:
             level = logging.WARNING if was_in or first else logging.DEBUG
             log.log(level, "not registered with %s: %s", self._settings.coordinator, _said(error))
 
@@ -132,7 +132,7 @@ class Registration:
         call: _Call = pb_grpc.WorkerRegistryServiceStub(channel).Register()
         try:
             async with asyncio.timeout(self._patience):
-                await call.write(self._hello())
+                await _write(call, self._hello())
                 answer = await _read(call)
             if not answer.HasField("accepted"):
                 raise _EndedError("the coordinator answered a Hello with something else")
@@ -243,9 +243,9 @@ class _Writer:
         self._turn = asyncio.Lock()
 
     async def write(self, message: pb.RegisterRequest) -> None:
-        """Raises TimeoutError, grpc.RpcError."""
+        """Raises TimeoutError, grpc.RpcError, _EndedError."""
         async with self._turn, asyncio.timeout(self._patience):
-            await self._call.write(message)
+            await _write(self._call, message)
 
 
 def _messages(events: KvEvents) -> Iterator[pb.KvEvents]:
@@ -268,13 +268,26 @@ def _closing(iterator: AsyncIterator[KvEvents]) -> contextlib.AbstractAsyncConte
     return aclosing(iterator) if hasattr(iterator, "aclose") else contextlib.nullcontext()
 
 
+async def _write(call: _Call, message: pb.RegisterRequest) -> None:
+    """Raises grpc.RpcError, or _EndedError if the call is over, however it ended."""
+    try:
+        await call.write(message)
+    except asyncio.InvalidStateError:
+        raise await _ended(call) from None
+
+
 async def _read(call: _Call) -> pb.RegisterResponse:
     """The next answer. Raises grpc.RpcError, or _EndedError if there will be none."""
     answer = await call.read()
     if isinstance(answer, pb.RegisterResponse):
         return answer
+    raise await _ended(call)
+
+
+async def _ended(call: _Call) -> _EndedError:
+    """What ended a call, in words."""
     code, details = await call.code(), await call.details()
-    raise _EndedError(f"{code.name.lower()}: {details}" if details else "the stream ended")
+    return _EndedError(f"{code.name.lower()}: {details}" if details else "the stream ended")
 
 
 def _said(error: BaseException) -> str:
