@@ -13,6 +13,7 @@ class Arrivals:
     def __init__(self, layout: KvLayout, count: int) -> None:
         self._total_layers, self._layer_bytes = layout.layers, layout.layer_bytes
         self._all = (1 << layout.layers) - 1
+        self._claimed = [0] * count
         self._layers = [0] * count
         self._corrupt: set[int] = set()
         self._open = count
@@ -36,18 +37,22 @@ class Arrivals:
         """The same for one block."""
         return self._layers[index] == self._all and index not in self._corrupt
 
-    def wants(self, piece: Piece) -> bool:
-        """Whether the piece brings something. Raises TransportError if it can't exist."""
+    def claim(self, piece: Piece) -> bool:
+        """Whether the piece is to be read: not if it was claimed before, or its block is corrupt.
+
+        Raises TransportError if no honest source announces such a piece.
+        """
         fits = 0 <= piece.key_index < len(self._layers) and piece.layers > 0
         fits = fits and piece.first_layer + piece.layers <= self._total_layers
         if not fits or piece.length != piece.layers * self._layer_bytes:
-            raise TransportError(
-                f"the source announced layers {piece.first_layer}+{piece.layers} of block "
-                f"{piece.key_index} in {piece.length} bytes, which can't be"
-            )
-        if piece.key_index in self._corrupt:
+            raise _impossible(piece, f"in {piece.length} bytes")
+        mask, claimed = _mask(piece), self._claimed[piece.key_index]
+        if mask & claimed:
+            if mask & ~claimed:
+                raise _impossible(piece, "when part of them had been announced")
             return False
-        return bool(_mask(piece) & ~self._layers[piece.key_index])
+        self._claimed[piece.key_index] |= mask
+        return piece.key_index not in self._corrupt
 
     def verified(self, piece: Piece) -> bool:
         """A piece is in place and right; whether its block is complete by it."""
@@ -66,6 +71,13 @@ class Arrivals:
         if index not in self._corrupt and self._layers[index] != self._all:
             self._corrupt.add(index)
             self._open -= 1
+
+
+def _impossible(piece: Piece, how: str) -> TransportError:
+    return TransportError(
+        f"the source announced layers {piece.first_layer}+{piece.layers} of block "
+        f"{piece.key_index} {how}, which can't be"
+    )
 
 
 def _mask(piece: Piece) -> int:

@@ -58,7 +58,7 @@ def choose(
 
 def _why(name: str, passed: Mapping[str, str]) -> str:
     if not passed:
-        return f"{name} is the best that the source offers"
+        return f"{name} is the best offered"
     return f"{name} fits; not {_listed(passed)}"
 
 

@@ -147,10 +147,11 @@ class SinkFetch:
                 batch = await self._batch(inbox)
                 await self._move(reader, batch, deadline)
         finally:
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+            # The reader first: a second cancellation may come at the next await.
             if reader is not None:
                 await reader.close()
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
 
     async def _receive(self, call: _Call, inbox: _Inbox) -> None:
         try:
@@ -178,7 +179,7 @@ class SinkFetch:
         size = 0
         while inbox.pieces and (not batch or size + inbox.pieces[0].length <= BATCH_BYTES):
             piece = inbox.pieces.popleft()
-            if self.arrivals.wants(piece):
+            if self.arrivals.claim(piece):
                 size += piece.length
                 batch.append(piece)
         return batch

@@ -161,11 +161,15 @@ def error_from(error: grpc.aio.AioRpcError, address: str) -> KvError:
         info = error_details_pb2.ErrorInfo()
         if not detail.Unpack(info):
             continue
-        words, metadata = error.details() or info.reason, dict(info.metadata)
+        words = error.details() or info.reason
+        found: KvError | None = None
         if info.reason in _AS_THEY_ARE:
-            return _AS_THEY_ARE[info.reason](words, **metadata)
-        if info.reason in _SOURCE_LOST:
-            return KvSourceLostError(words, cause=info.reason, address=address, **metadata)
+            found = _AS_THEY_ARE[info.reason](words)
+        elif info.reason in _SOURCE_LOST:
+            found = KvSourceLostError(words, cause=info.reason, address=address)
+        if found is not None:
+            found.metadata = {**info.metadata, **found.metadata}
+            return found
     code = error.code()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         words = "it did not have everything ready in time"

@@ -60,7 +60,7 @@ class Reader(Protocol):
         """See the module's docstring. `timeout` in seconds. Raises TransportError."""
 
     async def close(self) -> None:
-        """Gives it back. Idempotent."""
+        """Gives it back, at once: it does not wait for anything. Idempotent."""
 
 
 class Transport(Protocol):
