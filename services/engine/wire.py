@@ -52,8 +52,9 @@ def request_from(message: common_pb2.TokenRequest, vocabulary: int) -> Request:
         highest = max(getattr(message, field), default=0)
         if highest >= vocabulary:
             raise InvalidRequestError(f"request.{field}", highest, f"ids are below {vocabulary}")
+    given = {field.name for field, _ in message.sampling.ListFields()}
     for field in _SAMPLING_FIELDS:
-        if not message.sampling.HasField(field):
+        if field not in given:
             raise InvalidRequestError(f"request.sampling.{field}", None, "workers need it set")
     s = message.sampling
     sampling = Sampling(

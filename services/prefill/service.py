@@ -14,6 +14,10 @@ from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 MAX_LEASE_SECONDS = 600.0
 
+_Context = grpc.aio.ServicerContext[
+    prefill_pb2.PrefillRequest, AsyncIterator[prefill_pb2.PrefillResponse]
+]
+
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """Owns which call waits for which request; the engine owns everything else."""
@@ -27,7 +31,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def Prefill(  # noqa: N802
         self,
         request: prefill_pb2.PrefillRequest,
-        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse],
+        context: _Context,
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """Runs a prompt; see prefill.proto."""
         if self._draining:

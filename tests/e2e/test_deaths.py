@@ -9,7 +9,10 @@ import grpc
 import pytest
 
 from services.runtime.errors import from_rpc
-from tests.e2e.world import SCRIPTED, Cluster, eventually, prompt, running
+from tests.e2e.world import SCRIPTED, Cluster, prompt, running
+
+LONG = 150
+"""Tokens of a stream that lasts long enough (3 s) for a worker to say that it runs it."""
 
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
@@ -20,20 +23,15 @@ SAMPLINGS = {
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 async def test_decode_worker_lost_in_mid_stream(scripted: Cluster, sampling, how):
-    request = prompt(**SAMPLINGS[sampling], max_tokens=60, ignore_eos=True)
+    request = prompt(**SAMPLINGS[sampling], max_tokens=LONG, ignore_eos=True)
     undisturbed = await scripted.ask(request)
-    assert len(undisturbed.tokens) == 60
+    assert len(undisturbed.tokens) == LONG
     killed: list[str] = []
 
     async def kill_at_20(answer) -> None:
         if len(answer.tokens) >= 20 and not killed:
-            (busy,) = [
-                w.info.worker_id
-                for w in (await scripted.status()).workers
-                if w.info.role == 2 and w.stats.running
-            ]
-            killed.append(busy)
-            scripted.local.kill(scripted.worker(busy), how)
+            killed.append(await scripted.busy("decode"))
+            scripted.local.kill(killed[0], how)
 
     answer = await scripted.ask(request, kill_at_20)
     assert killed
@@ -42,10 +40,11 @@ async def test_decode_worker_lost_in_mid_stream(scripted: Cluster, sampling, how
     attempts = answer.last.route.attempts
     if how is signal.SIGKILL:
         assert len(attempts) == 2
-        assert attempts[0].decode_worker == killed[0] != attempts[1].decode_worker
+        assert scripted.worker(attempts[0].decode_worker) == killed[0]
+        assert attempts[0].decode_worker != attempts[1].decode_worker
         assert attempts[0].failure == "WORKER_LOST"
-        assert sum(a.tokens for a in attempts) == 60
-    assert answer.last.usage.completion_tokens == 60
+        assert sum(a.tokens for a in attempts) == LONG
+    assert answer.last.usage.completion_tokens == LONG
     await scripted.nothing_held()
 
 
@@ -59,24 +58,14 @@ async def test_prefill_worker_killed_while_it_computes_the_prompt(sampling):
     request = prompt(*range(10, 410), **SAMPLINGS[sampling], max_tokens=12, ignore_eos=True)
     async with running(2, 2, settings) as cluster:
         answering = asyncio.create_task(cluster.ask(request))
-        busy: list[str] = []
-
-        async def computing() -> bool:
-            busy[:] = [
-                w.info.worker_id
-                for w in (await cluster.status()).workers
-                if w.info.role == 1 and w.stats.running
-            ]
-            return bool(busy)
-
-        await eventually(computing)
-        cluster.local.kill(cluster.worker(busy[0]), signal.SIGKILL)
+        busy = await cluster.busy("prefill")
+        cluster.local.kill(busy, signal.SIGKILL)
         answer = await answering
         assert len(answer.tokens) == 12
         first, *others = answer.last.route.attempts
-        assert first.prefill_worker == busy[0]
+        assert cluster.worker(first.prefill_worker) == busy
         assert others
-        assert others[-1].prefill_worker != busy[0]
+        assert others[-1].prefill_worker != first.prefill_worker
         # Undisturbed afterwards, on whoever is left: the same request, the same tokens.
         assert (await cluster.ask(request)).tokens == answer.tokens
         await cluster.nothing_held()
@@ -153,21 +142,13 @@ async def test_a_stalled_decode_worker_is_lost_for_its_requests():
         "coordinator.local_prefill_tokens": "0",
     }
     async with running(1, 2, settings) as cluster:
-        request = prompt(max_tokens=60, ignore_eos=True, seed=5)
+        request = prompt(max_tokens=LONG, ignore_eos=True, seed=5)
         undisturbed = await cluster.ask(request)
         stopped: list[str] = []
 
         async def stop(answer) -> None:
             if len(answer.tokens) >= 20 and not stopped:
-                stopped.append(
-                    cluster.worker(
-                        next(
-                            w.info.worker_id
-                            for w in (await cluster.status()).workers
-                            if w.info.role == 2 and w.stats.running
-                        )
-                    )
-                )
+                stopped.append(await cluster.busy("decode"))
                 cluster.local.kill(stopped[0], signal.SIGSTOP)
 
         try:

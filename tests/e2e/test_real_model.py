@@ -80,12 +80,11 @@ async def test_kill_9_in_mid_stream(pair, role, sampling):
     async def kill(answer) -> None:
         if killed or len(answer.tokens) < (1 if role == "prefill" else 12):
             return
-        busy = [
-            w.info.worker_id
-            for w in (await two.status()).workers
-            if w.info.worker_id.startswith(role) and (w.stats.running or role == "prefill")
-        ]
-        killed.append(two.worker(busy[0]))
+        if role == "prefill":
+            placed = undisturbed.last.route.attempts[0].prefill_worker
+            killed.append(two.worker(placed))
+        else:
+            killed.append(await two.busy("decode"))
         two.local.kill(killed[0], signal.SIGKILL)
 
     answer = await two.ask(request, kill)

@@ -13,7 +13,11 @@ from cli.cluster import LocalCluster
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
-SCRIPTED = {"engine.kind": "scripted", "engine.block_tokens": "4"}
+SCRIPTED = {
+    "engine.kind": "scripted",
+    "engine.block_tokens": "4",
+    "worker.heartbeat_seconds": "0.1",
+}
 
 
 async def eventually(
@@ -80,6 +84,22 @@ class Cluster:
             return False
 
         await eventually(up, seconds=60)
+
+    async def busy(self, role: str) -> str:
+        """The process of the one worker of a role that has a request, once it has said so."""
+        found: list[str] = []
+
+        async def seen() -> bool:
+            found[:] = [
+                self.worker(w.info.worker_id)
+                for w in (await self.status()).workers
+                if w.info.worker_id.startswith(role) and w.stats.running
+            ]
+            return bool(found)
+
+        await eventually(seen)
+        (name,) = found
+        return name
 
     async def nothing_held(self) -> None:
         """Every live worker reports no block in use, no lease, nothing running or waiting."""

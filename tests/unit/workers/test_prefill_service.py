@@ -75,9 +75,12 @@ async def test_without_a_lease_in_the_request_the_settings_hold(world):
 
 
 async def failure_of(call) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    async def drained() -> None:
         while await call.read() is not grpc.aio.EOF:
             pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drained()
     return caught.value
 
 
