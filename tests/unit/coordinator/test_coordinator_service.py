@@ -22,12 +22,12 @@ KEY = b"k" * 16
 
 
 @asynccontextmanager
-async def coordinator(**own):
+async def coordinator(stop=None, **own):
     settings = CoordinatorProcess(
         server=ServerSettings(port=0), coordinator=CoordinatorSettings(**own)
     )
     address = asyncio.get_running_loop().create_future()
-    stop = asyncio.Event()
+    stop = stop or asyncio.Event()
     serving = asyncio.create_task(serve(settings, ready=address.set_result, stop=stop))
     async with grpc.aio.insecure_channel(await address) as channel:
         yield channel
@@ -283,7 +283,8 @@ async def test_status_and_models(channel, register):
 
 
 async def test_stopping_ends_everyones_wait():
-    async with coordinator(lease_seconds=30.0) as channel:
+    stop = asyncio.Event()
+    async with coordinator(stop, lease_seconds=30.0) as channel:
         worker = pb_grpc.WorkerRegistryServiceStub(channel).Register()
         await worker.write(hello())
         await worker.read()
@@ -297,8 +298,9 @@ async def test_stopping_ends_everyones_wait():
             fails(worker.read(), grpc.StatusCode.UNAVAILABLE, "COORDINATOR_UNAVAILABLE")
         )
         await eventually(lambda: queued(stub, 1))
-    await waiting
-    await ended
+        stop.set()
+        await waiting
+        await ended
 
 
 async def test_an_answer_that_nobody_takes_any_more_books_nothing():
