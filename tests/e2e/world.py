@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import grpc
-from cli.cluster import LocalCluster
 
+from cli.cluster import LocalCluster
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
