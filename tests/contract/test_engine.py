@@ -758,7 +758,7 @@ async def test_memory_stays_flat(new):
             worker.steps.clear()
         gc.collect()
 
-    count = 60
+    count = 40
     await round_of(0, count)
     tracemalloc.start()
     try:

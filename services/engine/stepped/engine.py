@@ -180,7 +180,7 @@ class SteppedEngine:
         """Ends a request, without another output, and frees what it holds, leases included."""
         live = self._live.pop(request_id, None)
         if live is not None:
-            self._inbox.put(Cancel(live.serial))
+            self._inbox.put(Cancel(live.serial, request_id))
         else:
             self._store.release_lease(request_id)
 

@@ -28,9 +28,10 @@ class Proceed:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End a request; free its lease."""
+    """End a request; free its lease, also if prefill has just ended and left only that."""
 
     serial: int
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)

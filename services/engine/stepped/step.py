@@ -104,7 +104,9 @@ class Stepper:
         elif isinstance(command, Cancel):
             live = self._live.get(command.serial)
             if live is not None:
-                self._end(live.sequence, keep_lease=False)
+                self._end(live.sequence)
+            else:
+                self._store.release_lease(command.request_id)
 
     def step(self) -> bool:
         """Computes one step; False if there was nothing to compute."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import time
 
 import numpy as np
 import pytest
@@ -149,6 +150,21 @@ async def test_what_was_computed_for_a_cancelled_request_is_not_its_successors()
     async with asyncio.timeout(WAIT):
         step = await anext(engine.outputs())
     assert len(step.outputs[0].token_ids) == 1
+    await engine.close()
+
+
+async def test_cancelling_a_prefill_that_has_just_ended_frees_its_lease():
+    engine = scripted()
+    await engine.start()
+    engine.prefill(Request("a", (5, 6, 7), Sampling()), Hold(600))
+    while not engine._stepper.load.finished:
+        time.sleep(0.001)  # noqa: ASYNC251 - the loop must not learn of it before it cancels
+    engine.cancel("a")
+    async with asyncio.timeout(WAIT):
+        while engine.stats().leases:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+    engine.check_integrity()
+    assert engine.stats().held_blocks == 0
     await engine.close()
 
 
