@@ -224,7 +224,7 @@ async def hand_off(source: Worker, sink: Worker, request: Request, *, late: bool
     """Prefill on one, decode on the other: all tokens, as a frontend would pass them on."""
     if not late:
         sink.engine.decode(request, source.source(request.request_id))
-    source.engine.prefill(request, Hold(30))
+    source.engine.prefill(request, Hold(600))
     first = await source.first(request.request_id)
     assert first.prefill_done
     if late:
@@ -335,7 +335,7 @@ async def test_hand_off_of_many_at_once(new):
 async def test_a_prefill_that_ends_the_request_leaves_no_lease(new):
     worker = await new()
     one = dataclasses.replace(GREEDY, max_tokens=1)
-    worker.engine.prefill(Request("a", prompt(9), one), Hold(30))
+    worker.engine.prefill(Request("a", prompt(9), one), Hold(600))
     first = await worker.first("a")
     assert (first.finish_reason, first.prefill_done) == (FinishReason.LENGTH, True)
     await worker.settled()
@@ -356,7 +356,7 @@ async def test_first_tokens_that_end_the_request(new):
     source, sink = await new(), await new()
     request = Request("a", prompt(20), dataclasses.replace(GREEDY, max_tokens=2))
     sink.engine.decode(request, source.source("a"))
-    source.engine.prefill(request, Hold(30))
+    source.engine.prefill(request, Hold(600))
     await source.first("a")
     sink.engine.proceed("a", FirstTokens((5, 6)))
     outputs = await sink.ended("a")
@@ -408,13 +408,13 @@ async def test_cancel_while_waiting(new):
 async def test_cancel_a_prefill_at_every_moment(new):
     worker = await new(chunk_tokens=4)
     for delay in range(12):
-        worker.engine.prefill(Request(f"p{delay}", prompt(60, delay), GREEDY), Hold(30))
+        worker.engine.prefill(Request(f"p{delay}", prompt(60, delay), GREEDY), Hold(600))
         for _ in range(delay):
             await asyncio.sleep(0.001)
         worker.engine.cancel(f"p{delay}")
         await worker.settled()
     # Also when it is done and only its lease is left.
-    worker.engine.prefill(Request("done", prompt(20, 99), GREEDY), Hold(30))
+    worker.engine.prefill(Request("done", prompt(20, 99), GREEDY), Hold(600))
     await worker.first("done")
     await worker.settled(leases=1)
     worker.engine.cancel("done")
@@ -423,7 +423,7 @@ async def test_cancel_a_prefill_at_every_moment(new):
 
 async def test_cancel_a_decode_that_fetches_what_never_comes(new):
     source, sink = await new(), await new()
-    source.engine._store.open_lease("a", 30)
+    source.engine._store.open_lease("a", 600)
     sink.engine.decode(Request("a", prompt(20), GREEDY), source.source("a"))
     await eventually(lambda: sink.engine.stats().running)
     assert sink.engine.stats().held_blocks == 3
@@ -438,7 +438,7 @@ async def test_cancel_a_decode_that_waits_for_its_first_token(new):
     source, sink = await new(), await new()
     request = Request("a", prompt(20), GREEDY)
     sink.engine.decode(request, source.source("a"))
-    source.engine.prefill(request, Hold(30))
+    source.engine.prefill(request, Hold(600))
     await source.first("a")
     await source.settled()  # fetched and released
     assert sink.engine.stats().running == 1
@@ -465,11 +465,11 @@ async def test_cancel_and_use_the_id_again_at_once(new):
 
 async def test_close_in_the_middle_of_everything(new):
     source, sink = await new(), await new()
-    source.engine._store.open_lease("f", 30)
+    source.engine._store.open_lease("f", 600)
     long = dataclasses.replace(GREEDY, max_tokens=300)
     sink.engine.decode(Request("f", prompt(20), long), source.source("f"))
     sink.engine.decode(Request("d", prompt(20, 1), long), None)
-    sink.engine.prefill(Request("p", prompt(40, 2), long), Hold(30))
+    sink.engine.prefill(Request("p", prompt(40, 2), long), Hold(600))
     await sink.until(lambda: "d" in sink.outputs)
     await sink.engine.close()
     await sink.engine.close()
@@ -483,7 +483,7 @@ async def test_a_dead_source_is_made_up_for(new):
     source, sink, alone = await new(), await new(), await new()
     request = Request("a", prompt(37), SAMPLED)
     expected = await alone.generate("a", request.prompt_token_ids, SAMPLED)
-    source.engine._store.open_lease("a", 30)
+    source.engine._store.open_lease("a", 600)
     sink.engine.decode(request, source.source("a"))
     await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
@@ -497,7 +497,7 @@ async def test_a_dead_source_is_made_up_for(new):
 async def test_a_dead_source_of_a_long_prompt_is_a_fault(new):
     source, sink = await new(), await new({"recompute_max_tokens": 16})
     request = Request("a", prompt(37), SAMPLED)
-    source.engine._store.open_lease("a", 30)
+    source.engine._store.open_lease("a", 600)
     sink.engine.decode(request, source.source("a"))
     await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
@@ -512,7 +512,7 @@ async def test_a_lease_that_was_lost_is_made_up_for(new):
     source, sink, alone = await new(), await new(), await new()
     request = Request("a", prompt(20), GREEDY)
     expected = await alone.generate("a", request.prompt_token_ids, GREEDY)
-    source.engine.prefill(request, Hold(30))
+    source.engine.prefill(request, Hold(600))
     first = await source.first("a")
     source.engine.cancel("a")
     sink.engine.decode(request, source.source("a"))
@@ -526,7 +526,7 @@ async def test_a_corrupt_block_is_counted_computed_and_never_used(new, damaged):
     source, sink, alone = await new(), await new(), await new()
     request = Request("a", prompt(4 * BLOCK + 3), SAMPLED)  # four full blocks and a tail
     expected = await alone.generate("a", request.prompt_token_ids, SAMPLED)
-    source.engine.prefill(request, Hold(30))
+    source.engine.prefill(request, Hold(600))
     first = await source.first("a")
     lease = source.engine._store._leases.live("a")
     block = list(lease.blocks.values())[damaged]
@@ -547,7 +547,7 @@ async def test_a_corrupt_block_is_counted_computed_and_never_used(new, damaged):
 
 async def test_another_layout_is_refused_by_name(new):
     source, sink = await new(), await new(block_tokens=4)
-    source.engine._store.open_lease("a", 30)
+    source.engine._store.open_lease("a", 600)
     sink.engine.decode(Request("a", prompt(20), GREEDY), source.source("a"))
     outputs = await sink.ended("a")
     assert outputs[-1].error.reason == "LAYOUT_MISMATCH"
@@ -586,9 +586,9 @@ async def test_preemption_of_fetched_and_parked(new):
 
 async def test_prompts_wait_for_leases_to_end(new):
     worker = await new(kv_blocks=8)
-    worker.engine.prefill(Request("a", prompt(40), GREEDY), Hold(30))
+    worker.engine.prefill(Request("a", prompt(40), GREEDY), Hold(600))
     await worker.first("a")
-    worker.engine.prefill(Request("b", prompt(40, 1), GREEDY), Hold(30))
+    worker.engine.prefill(Request("b", prompt(40, 1), GREEDY), Hold(600))
     await asyncio.sleep(0.05)
     assert "b" not in worker.outputs
     worker.engine.cancel("a")
@@ -805,7 +805,7 @@ async def test_a_broken_step_fails_who_was_in_it_and_no_more(new):
 
     stepper._model = Broken()
     worker.engine.decode(Request("a", prompt(9), GREEDY), None)
-    worker.engine.prefill(Request("p", prompt(9, 1), GREEDY), Hold(30))
+    worker.engine.prefill(Request("p", prompt(9, 1), GREEDY), Hold(600))
     for name in "ap":
         outputs = await worker.ended(name)
         assert outputs[-1].error.reason == "ENGINE_FAILED"

@@ -98,7 +98,7 @@ class SteppedEngine:
     async def start(self) -> None:
         """Loads the model, opens the pool and its endpoint, starts to step."""
         self._loop = asyncio.get_running_loop()
-        loaded, store = await asyncio.to_thread(self._open)
+        loaded, store, window = await asyncio.to_thread(self._open)
         self._store, self._name = store, loaded.name
         settings, kv = self._settings, self._kv_settings
         self.kv = KvEndpoint(
@@ -114,7 +114,7 @@ class SteppedEngine:
         self._info = EngineInfo(
             model=loaded.name,
             layout=store.layout,
-            context_tokens=context_window(loaded.context_tokens, settings, store),
+            context_tokens=window,
             total_blocks=store.total_blocks,
             max_running=settings.max_running,
             vocabulary=loaded.vocabulary,
@@ -131,7 +131,7 @@ class SteppedEngine:
             loaded.model,
             store,
             scheduler,
-            Limits(self._info.context_tokens, frozenset(loaded.eos_token_ids)),
+            Limits(window, frozenset(loaded.eos_token_ids)),
             recompute_max_tokens=kv.recompute_max_tokens,
             clock=self._clock,
         )
@@ -370,17 +370,18 @@ class SteppedEngine:
             stopped = FetchStopped(serial, fault=fault, ended=self._clock())
         self._inbox.put(stopped)
 
-    def _open(self) -> tuple[LoadedModel, KvStore]:
-        """Everything slow about a start; not on the event loop."""
+    def _open(self) -> tuple[LoadedModel, KvStore, int]:
+        """Everything slow about a start, not on the event loop: model, pool, context window."""
         loaded = self._load()
         layout = loaded.model.layout
         blocks = self._settings.kv_blocks
         blocks = blocks or self._settings.kv_memory_mib * MEBIBYTE // layout.block_bytes
         pieces = min(self._kv_settings.layers_per_piece, layout.layers)
         store = KvStore(layout, blocks, layers_per_piece=pieces, clock=self._clock)
+        window = context_window(loaded.context_tokens, self._settings, store)
         loaded.model.bind(store.memory)
         loaded.model.warm_up()
-        return loaded, store
+        return loaded, store, window
 
 
 def _leading(complete: tuple[bool, ...]) -> int:
