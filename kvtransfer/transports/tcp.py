@@ -1,6 +1,6 @@
 """TCP, between any two hosts: the sink asks for ranges, the source sends them from its segment.
 
-No copy is made in user space on either side: sendmsg takes vectors of the segment, recv_into
+No copy is made in user space on either side: sendmsg takes vectors of the segment, recvmsg_into
 writes into the destination. The ticket's nonce, which travels in the answer to an admitted
 Fetch, authenticates a connection; nothing is encrypted. One connection serves one fetch at a
 time, then waits for the next to the same source, and is closed when idle.
@@ -183,13 +183,14 @@ class TcpReader:
         self._kept = False
 
     async def _ask(self, work: list[list[Read]]) -> None:
-        sock, loop = self._sock, asyncio.get_running_loop()
+        sock = self._sock
         assert sock is not None
         asked = 0
         for done, batch in enumerate(work):
             while asked < min(len(work), done + protocol.WINDOW):
                 ranges = [(r.remote, r.length) for r in work[asked]]
-                await loop.sock_sendall(sock, protocol.pack_request(asked, ranges))
+                request = protocol.pack_request(asked, ranges)
+                await sockets.send_vectors(sock, [memoryview(request)])
                 asked += 1
             await self._answer(sock, done, batch)
 
@@ -200,8 +201,9 @@ class TcpReader:
             raise TransportError(f"the source refused: {words.decode(errors='replace')}")
         if (reply.request_id, reply.length) != (request_id, sum(r.length for r in batch)):
             raise TransportError("the source answered something that was not asked")
-        for read in batch:
-            await sockets.receive_into(sock, self._memory[read.local : read.local + read.length])
+        await sockets.receive_vectors(
+            sock, (self._memory[r.local : r.local + r.length] for r in batch)
+        )
 
     def _break(self) -> None:
         if self._sock is not None:
