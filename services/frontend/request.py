@@ -189,10 +189,6 @@ class Request:
 
     def _place_again(self, error: TandemError, now: float) -> list[Command]:
         """The attempt is over (its commands are out): on to the next, or to the end."""
-        reason = self._complete()
-        if reason is not None:
-            # The last token came, only the word that it was the last did not.
-            return self._finish(reason, now, report=False)
         if is_final(error):
             return self._end(now, [Fail(error)])
         if len(self.attempts) >= self.limits.max_attempts:
@@ -288,6 +284,7 @@ class Request:
         room = self.limits.max_tokens - len(self.output)
         token_ids = token_ids[:room]
         self.output += token_ids
+        # A worker that dies with its last token still to be called the last changes nothing.
         reason = self._complete() or reason
         # The token that stops generation is the client's, but no part of the text.
         spoken = len(token_ids) - (reason is FinishReason.STOP)
@@ -315,7 +312,7 @@ class Request:
 
     # Ends
 
-    def _finish(self, reason: FinishReason, now: float, *, report: bool = True) -> list[Command]:
+    def _finish(self, reason: FinishReason, now: float) -> list[Command]:
         commands: list[Command] = []
         if not self.text.stopped:
             rest = self.text.finish()
@@ -323,10 +320,8 @@ class Request:
                 reason = FinishReason.STOP
             if rest:
                 commands.append(Emit((), (), rest))
-        if report:
-            commands += self._leave()
-            commands.append(Report(self.number))
-        return self._end(now, [*commands, Finish(reason)])
+        commands += self._leave()
+        return self._end(now, [*commands, Report(self.number), Finish(reason)])
 
     def _gone(self, event: ClientGone, now: float) -> list[Command]:
         return self._end(now, self._abandon())
@@ -356,7 +351,6 @@ class Request:
             commands.append(CancelDecode(self.number, placement.decode))
         if attempt.leased and placement.prefill is not None:
             commands.append(Release(self.number, placement.prefill))
-        attempt.prefill_runs = attempt.decode_runs = attempt.leased = False
         return commands
 
     def _end(self, now: float, commands: list[Command]) -> list[Command]:

@@ -81,7 +81,7 @@ class World:
     ends: list[e.Command] = field(default_factory=list)
     now: float = 0.0
     sent: list[e.Event] = field(default_factory=list)
-    placed_after_end: bool = False
+    faults: int = 0
 
     def feed(self, event: e.Event) -> None:
         self.now += 1.0
@@ -122,6 +122,7 @@ class World:
                 assert self.tries[attempt].prefill == "runs"
                 self.tries[attempt].prefill = "over"
             case e.CancelDecode(attempt):
+                assert self.tries[attempt].decode == "runs"
                 self.tries[attempt].decode = "over"
             case e.Release(attempt):
                 assert self.tries[attempt].lease
@@ -166,7 +167,7 @@ class Moves:
             moves += [self.prefill_accepts, self.prefill_done, self.prefill_done]
             moves += [self.prefill_fails]
         if it.prefill == "over" and self.world.core.state is State.DECODING:
-            moves += [self.prefill_fails]
+            moves += [self.prefill_fails_late]
         if it.decode == "runs":
             moves += [self.decode_fails, self.decode_gives_up, self.stalls]
             if it.lease:
@@ -195,9 +196,13 @@ class Moves:
         self.world.feed(e.PrefillDone(self.number, tokens, (), reason, b"h", kv))
 
     def prefill_fails(self) -> None:
+        self.world.faults += 1
         self.it.prefill = "over"
         failed = e.WorkerFailed(self.number, e.Role.PREFILL, self.error(), self.draw(st.booleans()))
         self.world.feed(failed)
+
+    def prefill_fails_late(self) -> None:
+        self.world.feed(e.WorkerFailed(self.number, e.Role.PREFILL, self.error(), True))
 
     def decode_speaks(self) -> None:
         tokens, reason = self.chunk(self.it.at)
@@ -214,6 +219,7 @@ class Moves:
         self.world.feed(e.DecodeOutput(self.number, kv=KvReport("shm", 10, 1)))
 
     def decode_fails(self) -> None:
+        self.world.faults += 1
         self.it.decode = "over"
         if self.draw(st.booleans()):
             self.world.feed(e.WorkerFailed(self.number, e.Role.DECODE, self.error(), True))
@@ -222,10 +228,12 @@ class Moves:
             self.world.feed(failed)
 
     def decode_gives_up(self) -> None:
+        self.world.faults += 1
         self.it.decode = "over"
         self.world.feed(e.DecodeOutput(self.number, (), (), FinishReason.CANCELLED))
 
     def stalls(self) -> None:
+        self.world.faults += 1
         role, _ = self.world.core.owing
         self.world.feed(e.WorkerFailed(self.number, role, self.error(), ended=False))
 
@@ -278,7 +286,7 @@ TRUTHS = st.builds(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(TRUTHS, st.integers(1, 6), st.booleans(), st.data())
 def test_whatever_happens(truth, max_attempts, patient, data):
     draw = data.draw
@@ -300,7 +308,7 @@ def test_whatever_happens(truth, max_attempts, patient, data):
         world.check()
     ended_silently = isinstance(world.sent[-1], e.ClientGone)
     assert len(world.ends) == (0 if ended_silently else 1)
-    assert len(core.attempts) <= max_attempts
+    assert len(core.attempts) <= min(max_attempts, 1 + world.faults)
     if world.ends and isinstance(world.ends[0], e.Finish):
         assert world.emitted == truth.client == core.output
         assert world.text == truth.text
@@ -416,6 +424,14 @@ def test_the_last_token_without_the_word_finish_is_the_last_token():
         e.Report(0),
         e.Finish(FinishReason.LENGTH),
     ]
+
+
+def test_prefills_death_after_its_token_is_for_decode_to_notice():
+    core = start()
+    core.handle(e.Placed(0, placement()), 1.0)
+    core.handle(e.PrefillDone(0, (1,)), 2.0)
+    assert core.handle(lost(0, e.Role.PREFILL), 3.0) == []
+    assert core.state is State.DECODING
 
 
 def test_attempts_are_counted():

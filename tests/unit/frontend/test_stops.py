@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.frontend.stops import StopStrings
@@ -27,6 +27,7 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
+@settings(derandomize=True, deadline=None)
 @given(
     st.text("abc", max_size=40),
     st.lists(WORDS, min_size=1, max_size=4),
@@ -40,6 +41,7 @@ def test_any_cut_gives_what_brute_force_gives(text, stops, places):
     assert (out, watch.found) == expected(text, stops)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.text("ab", max_size=30), st.lists(WORDS, min_size=1, max_size=4))
 def test_only_what_may_begin_a_stop_string_is_held(text, stops):
     watch = StopStrings(stops)
@@ -80,6 +82,7 @@ class Letters:
         return "\ufffd" if self.half else ""
 
 
+@settings(derandomize=True, deadline=None)
 @given(
     st.lists(st.integers(0, 3) | st.just(26), max_size=30),
     st.lists(st.text("abcdé", min_size=1, max_size=3), max_size=3),
