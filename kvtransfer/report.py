@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.errors import CorruptBlockError
+
 Progress = Callable[[int], None]
 """Called on the event loop with the index of each key whose block is complete and verified."""
 
@@ -40,3 +42,13 @@ class FetchReport:
     def seconds(self) -> float:
         """From the request to the last verified piece."""
         return self.ended - self.started
+
+    def require_sound(self) -> None:
+        """For who has no other way to the content. Raises CorruptBlockError that names blocks."""
+        if self.corrupt_blocks:
+            wrong = [i for i, whole in enumerate(self.complete) if not whole]
+            raise CorruptBlockError(
+                f"{len(wrong)} of {len(self.complete)} blocks were corrupt, twice over",
+                indices=",".join(map(str, wrong)),
+                transport=self.transport,
+            )

@@ -17,6 +17,7 @@ import pytest
 
 from kvtransfer.endpoint import KvEndpoint
 from kvtransfer.errors import (
+    CorruptBlockError,
     InvalidFetchError,
     KvSourceLostError,
     LayoutMismatchError,
@@ -307,6 +308,9 @@ async def test_corruption_is_detected_counted_and_confined(source, sink):
     assert report.complete == (True, False, True, False)
     assert report.corrupt_blocks == sink.endpoint.counters.corrupt == 2
     assert sink.endpoint.counters.reread == 2
+    with pytest.raises(CorruptBlockError) as raised:
+        report.require_sound()
+    assert raised.value.metadata["indices"] == "1,3"
     assert sink.holds(blocks[0], keys[0])
     assert sink.holds(blocks[2], keys[2])
     sink.store.release(blocks)
