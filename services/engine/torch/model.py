@@ -98,7 +98,7 @@ class LlamaModel:
             dtype=kv_dtype,
             block_tokens=block_tokens,
         )
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or _cores()
         torch.set_num_threads(threads)
         with torch.inference_mode():
             weights = load_weights(folder, config, DTYPES[dtype], packed=can_pack())
@@ -199,3 +199,11 @@ class LlamaModel:
             )
         finally:
             self._pool = bound
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1

@@ -72,31 +72,29 @@ KEYS = 64
 QUERY_ROWS = 64
 MINUS_INFINITY = float("-inf")
 
-ATTEND = tuple(
-    [
-        "tasks",
-        "kv_heads",
-        "group",
-        "head_dim",
-        "kind",
-        "kv_kind",
-        "q",
-        "out",
-        "pool",
-        "block_bytes",
-        "block_tokens",
-        "k",
-        "v",
-        "k_scale",
-        "v_scale",
-        "tables",
-        "table_width",
-        "positions",
-        "task",
-        "scratch",
-        "scratch_bytes",
-        "ticket",
-    ]
+ATTEND = (
+    "tasks",
+    "kv_heads",
+    "group",
+    "head_dim",
+    "kind",
+    "kv_kind",
+    "q",
+    "out",
+    "pool",
+    "block_bytes",
+    "block_tokens",
+    "k",
+    "v",
+    "k_scale",
+    "v_scale",
+    "tables",
+    "table_width",
+    "positions",
+    "task",
+    "scratch",
+    "scratch_bytes",
+    "ticket",
 )
 _attend_arguments = unpack(len(ATTEND) + 1)
 TASK_FIELDS = 3
@@ -237,7 +235,7 @@ def _widen_keys(k: int, count: int, head_dim: int, kv_kind: int, room: Any) -> N
     total = head_dim * SIZES[kv_kind] // 4
     for key in range(0, count, LANES):
         for begin in range(0, total, WORDS):
-            transpose_words(addresses + 8 * key, k + 4 * begin, words)
+            transpose_words(addresses + 8 * key, k + 4 * begin, words)  # type: ignore[call-arg]
             for word in range(min(WORDS, total - begin)):
                 codes = load_i32(words + 4 * word * LANES)
                 target = keys + 4 * key + 4 * KEYS * (begin + word) * (4 // SIZES[kv_kind])

@@ -11,7 +11,7 @@ LAYOUT_ROWS = 32
 
 
 def can_pack() -> bool:
-    """Has this torch oneDNN, and the operators that take its weight layouts?"""
+    """Tells if this torch has oneDNN and the operators that take its weight layouts."""
     return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 

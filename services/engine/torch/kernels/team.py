@@ -54,7 +54,8 @@ class Entry:
     def address(self) -> int:
         """Of the machine code, `void entry(int64)`. It stays for the process' life."""
         self._compiled = cfunc("void(int64)", cache=True, error_model="numpy")(self.function)
-        address: int = self._compiled.address
+        address = self._compiled.address
+        assert address is not None, "compiled above"
         return address
 
 
