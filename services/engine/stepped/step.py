@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(slots=True)
 class StepResult:
-    """What the event loop has to do about a step."""
+    """What the event loop has to do about what happened on the step thread."""
 
     outputs: list[tuple[int, TokenOutput]] = field(default_factory=list)
     """With the serial of the request: its id may have been used again since."""
@@ -108,17 +108,24 @@ class Stepper:
             else:
                 self._store.release_lease(command.request_id)
 
-    def step(self) -> bool:
-        """Computes one step; False if there was nothing to compute."""
+    def plan(self) -> Plan:
+        """Decides what the next step does; `run` must follow."""
         plan = self._scheduler.plan()
         self._preempted += len(plan.preempted)
         self._result.stop_fetches += [
             s.serial for s in plan.preempted if s.phase is Phase.RETURNING
         ]
         self._result.fetches += plan.fetches
-        self._lease(plan.admitted)
+        for sequence in plan.admitted:
+            if sequence.role is Role.PREFILL:
+                lease = sequence.request.request_id
+                self._store.lease_add(lease, sequence.blocks, sequence.context_keys)
+        return plan
+
+    def run(self, plan: Plan) -> None:
+        """Computes a step. If that fails, those who were in it do."""
         if not plan.work:
-            return False
+            return
         began = self._clock()
         try:
             choices = self._compute(plan)
@@ -126,14 +133,13 @@ class Stepper:
             log.exception("an engine step of %d sequences failed", len(plan.work))
             self.fail([w.sequence for w in plan.work], error)
         else:
-            self._take(plan, choices)
+            self._advance(plan, choices)
         # Tokens of preempted sequences count too: they are computed as prompts are.
         chunks = sum(w.count for w in plan.work if w.count > 1)
         self._rates.step(chunks, self._clock() - began)
-        return True
 
-    def finish(self) -> StepResult:
-        """What came of the commands and the step since the last call; also publishes `load`."""
+    def take(self) -> StepResult:
+        """What has come of commands, plans and steps since the last call; publishes `load`."""
         result, self._result = self._result, StepResult()
         self.load = Load(
             serial=self._serial,
@@ -205,12 +211,6 @@ class Stepper:
 
     # A step
 
-    def _lease(self, admitted: Iterable[Sequence]) -> None:
-        for sequence in admitted:
-            if sequence.role is Role.PREFILL:
-                lease = sequence.request.request_id
-                self._store.lease_add(lease, sequence.blocks, sequence.context_keys)
-
     def _compute(self, plan: Plan) -> list[Choice | None]:
         """Runs the model, makes finished blocks readable, samples a row for each Work.sample."""
         store = self._store
@@ -269,7 +269,7 @@ class Stepper:
                 forbidden |= self._limits.eos_token_ids
         return Row(sampling, len(sequence.tokens), live.occurrences, forbidden)
 
-    def _take(self, plan: Plan, choices: Seq[Choice | None]) -> None:
+    def _advance(self, plan: Plan, choices: Seq[Choice | None]) -> None:
         """Sequences move on by what was computed and chosen."""
         self._scheduler.advance(plan)
         sampled = [w.sequence for w in plan.work if w.sample]

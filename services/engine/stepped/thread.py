@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from services.engine.stepped.inbox import Close, Inbox
 from services.engine.stepped.step import Stepper, StepResult
@@ -49,19 +50,31 @@ class StepThread:
         try:
             busy = closing = False
             while not (closing and self._stepper.idle):
-                commands = self._inbox.take(wait=not busy)
-                try:
-                    for command in commands:
-                        closing = closing or isinstance(command, Close)
+                for command in self._inbox.take(wait=not busy):
+                    closing = closing or isinstance(command, Close)
+                    with self._doubt():
                         self._stepper.apply(command)
-                    busy = self._stepper.step()
-                except Exception as error:
-                    log.exception("the engine's books are in doubt; every request fails")
-                    self._stepper.fail_all(error)
-                    busy = False
-                result = self._stepper.finish()
-                if result:
-                    self._post(result)
+                busy = False
+                with self._doubt():
+                    plan = self._stepper.plan()
+                    # Fetches begin before the model runs, not after.
+                    self._tell()
+                    self._stepper.run(plan)
+                    busy = bool(plan.work)
+                self._tell()
         except Exception as error:
             log.exception("the engine's step thread ends")
             self._died(error)
+
+    @contextlib.contextmanager
+    def _doubt(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            log.exception("the engine's books are in doubt; every request fails")
+            self._stepper.fail_all(error)
+
+    def _tell(self) -> None:
+        result = self._stepper.take()
+        if result:
+            self._post(result)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from kvtransfer.errors import KvSourceLostError
 from kvtransfer.keys import KeyChain
-from services.engine.api import FinishReason, Hold, Request, Sampling, TokenOutput
+from services.engine.api import FinishReason, Hold, KvSource, Request, Sampling, TokenOutput
 from services.engine.build import build
 from services.engine.scripted.model import ScriptedModel
 from services.engine.scripted.model import logits_of as scripted_logits
 from services.engine.stepped.batch import batch_of
+from services.engine.stepped.inbox import Submit
 from services.engine.stepped.rates import Rates
 from services.engine.stepped.sampler import Occurrences, Row, sample
 from services.engine.stepped.scheduler import Work
@@ -175,10 +178,59 @@ async def test_a_window_beyond_the_pool_stops_the_start():
     await engine.close()
 
 
+async def test_a_fetch_begins_while_the_model_runs(monkeypatch):
+    engine = scripted()
+    await engine.start()
+    model, began = engine._stepper._model, threading.Event()
+    forward = model.forward
+    in_time = []
+
+    async def fetch(*_, **__):
+        began.set()
+        raise KvSourceLostError("it was only asked whether")
+
+    def slow(*arguments):
+        in_time.append(began.wait(WAIT))
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.kv, "fetch", fetch)
+    monkeypatch.setattr(model, "forward", slow)
+    engine.decode(Request("runs", (5, 6), Sampling(max_tokens=2)), None)
+    engine.decode(Request("fetches", (5, 7), Sampling()), KvSource("w", "nowhere:1", "lease"))
+    async with asyncio.timeout(WAIT):
+        await anext(engine.outputs())
+    assert in_time[0]
+    await engine.close()
+
+
+async def test_a_command_that_fails_takes_no_other_with_it():
+    engine = scripted()
+    await engine.start()
+    apply = engine._stepper.apply
+
+    def fails_for_one(command):
+        apply(command)
+        if isinstance(command, Submit) and command.sequence.request.request_id == "a":
+            raise RuntimeError("a bug")
+
+    engine._stepper.apply = fails_for_one
+    for name in "abc":
+        engine.decode(Request(name, (5, 6), Sampling(max_tokens=1)), None)
+    ends = {}
+    async with asyncio.timeout(WAIT):
+        async for step in engine.outputs():
+            ends |= {o.request_id: o.finish_reason for o in step.outputs}
+            if len(ends) == 3:
+                break
+    assert ends["a"] is FinishReason.ERROR
+    assert ends["b"] is ends["c"] is FinishReason.LENGTH
+    await engine.close()
+
+
 async def test_a_thread_that_dies_is_heard_of():
     engine = scripted()
     await engine.start()
-    engine._stepper.finish = broken
+    engine._stepper.take = broken
     engine.decode(Request("a", (5, 6), Sampling()), None)
     async with asyncio.timeout(WAIT):
         steps = [step async for step in engine.outputs()]
