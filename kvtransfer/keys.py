@@ -20,7 +20,8 @@ import numpy as np
 KEY_BYTES = 16
 
 _TOKEN_BYTES = 4
-_PERSON = b"tandem-kv-block"
+# Copied for every block: that costs less than to set it up anew.
+_EMPTY = hashlib.blake2b(digest_size=KEY_BYTES, person=b"tandem-kv-block")
 _SALT_PERSON = b"tandem-kv-salt"
 
 
@@ -89,7 +90,9 @@ def _chain(previous: bytes, raw: bytes, block_bytes: int) -> tuple[list[bytes], 
 
 
 def _key(previous: bytes, raw: bytes) -> bytes:
-    return hashlib.blake2b(previous + raw, digest_size=KEY_BYTES, person=_PERSON).digest()
+    h = _EMPTY.copy()
+    h.update(previous + raw)
+    return h.digest()
 
 
 def _raw(tokens: Sequence[int]) -> bytes:

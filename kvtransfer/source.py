@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -123,5 +124,5 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
 
 def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
     """From any thread; a loop that is gone has nobody to wake."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(news.set)
