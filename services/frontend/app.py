@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,7 +41,8 @@ async def serve_model(
     model: Model, settings: FrontendProcess, *, ready: Callable[[str], None], stop: asyncio.Event
 ) -> None:
     """serve() for a model that is loaded."""
-    clock = asyncio.get_running_loop().time
+    # Not the loop's: uvloop's counts milliseconds, and only once a turn.
+    clock = time.monotonic
     name = f"frontend-{secrets.token_hex(4)}"
     channels = Channels()
     coordinator = Coordinator(settings.frontend.coordinator, channels, name, clock)

@@ -53,7 +53,7 @@ MAX_DEADLINE_MS = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What requests share. `clock`: seconds, the event loop's."""
+    """What requests share. `clock`: seconds, monotonic."""
 
     coordinator: Coordinator
     workers: Workers
@@ -100,7 +100,8 @@ class LiveRequest:
         self._placing: asyncio.Task[None] | None = None
         self._told: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
-        self._deadline = loop.call_at(job.deadline, self.feed, DeadlinePassed())
+        left = job.deadline - cluster.clock()
+        self._deadline = loop.call_later(left, self.feed, DeadlinePassed())
         self._watch = loop.call_later(cluster.stall_seconds, self._check_silence)
         self._act(core.start())
 
@@ -160,7 +161,8 @@ class LiveRequest:
                 self.feed(WorkerFailed(core.number, role, error, ended=False))
                 late_at = now + self._cluster.stall_seconds
         if core.state is not State.ENDED:
-            self._watch = asyncio.get_running_loop().call_at(late_at, self._check_silence)
+            wait = late_at - self._cluster.clock()
+            self._watch = asyncio.get_running_loop().call_later(wait, self._check_silence)
 
     def _patience(self, role: Role) -> float:
         attempt = self.core.attempts[-1]

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,7 +369,7 @@ async def a_world(**settings):
     adder = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
     world.servers["coordinator"], address = await listen((adder, world.coordinator, "c"))
     world.coordinator_address = address
-    clock = asyncio.get_running_loop().time
+    clock = time.monotonic
     channels = Channels()
     frontend = FrontendSettings(**settings)
     coordinator = Coordinator(address, channels, "frontend-1", clock)
