@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,9 @@ from loadtest import environment, plot
 from services.engine.models.folder import resolve
 from services.engine.torch.model import Batch, LlamaModel
 from services.runtime.settings import ModelSettings
+
+# After the engine, which has a word to say before torch is loaded.
+import torch  # isort: skip
 
 PEER = "transformers"
 
@@ -153,8 +155,8 @@ class _Peer:
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, options.dtype)
+        # Loaded for inference: from_pretrained() calls eval().
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._model.eval()
         self._cache: Any = None
 
     def _step(self, tokens: torch.Tensor) -> None:
