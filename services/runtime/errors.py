@@ -170,7 +170,7 @@ def to_proto(error: StatusError) -> status_pb2.Status:
     packed = []
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.metadata["field"], description=error.message
+            field=error.metadata.get("field", ""), description=error.message
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, RetryableError):
