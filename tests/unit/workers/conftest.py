@@ -102,7 +102,6 @@ async def puppet() -> PuppetEngine:
 async def serve():
     """serve(adder, servicer, name) -> channel to a real Tandem server with that servicer."""
     from services.runtime.server import Server
-
     from services.runtime.settings import ServerSettings
 
     started = SimpleNamespace(servers=[], channels=[])
