@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from services.runtime.errors import from_rpc
-from tests.e2e.world import SCRIPTED, Cluster, prompt, running
+from tests.e2e.world import SCRIPTED, Cluster, eventually, prompt, running
 
 LONG = 150
 """Tokens of a stream that lasts long enough (3 s) for a worker to say that it runs it."""
@@ -46,6 +46,12 @@ async def test_decode_worker_lost_in_mid_stream(scripted: Cluster, sampling, how
         assert sum(a.tokens for a in attempts) == LONG
     assert answer.last.usage.completion_tokens == LONG
     await scripted.nothing_held()
+
+    async def gone() -> bool:
+        return killed[0] not in scripted.local.pids
+
+    # A drained worker ends by itself; a second signal now would only be impatience.
+    await eventually(gone)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
