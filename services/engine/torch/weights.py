@@ -98,10 +98,11 @@ def load_weights(
     if not config.tied_embeddings:
         head = files.get("lm_head.weight", config.vocabulary, config.hidden)
     return ModelWeights(
-        embedding=embedding.to(dtype).contiguous(),
+        # Copies, so that nothing refers to the mapped files when all is read.
+        embedding=embedding.to(dtype, copy=True),
         layers=tuple(_layer(files, config, i, dtype, packed) for i in range(config.layers)),
-        norm=files.get("model.norm.weight", config.hidden).float().contiguous(),
-        head=Linear(head.to(dtype).contiguous(), None, packed=packed),
+        norm=files.get("model.norm.weight", config.hidden).to(torch.float32, copy=True),
+        head=Linear(head.to(dtype, copy=True), None, packed=packed),
     )
 
 
@@ -111,7 +112,7 @@ def _layer(
     prefix = f"model.layers.{index}."
 
     def norm(name: str) -> torch.Tensor:
-        return files.get(f"{prefix}{name}.weight", config.hidden).float().contiguous()
+        return files.get(f"{prefix}{name}.weight", config.hidden).to(torch.float32, copy=True)
 
     def linear(block: str, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
         names = {f"{prefix}{block}.{part}_proj": outputs for part, outputs in parts.items()}
