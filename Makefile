@@ -1,8 +1,8 @@
 # Two variables may be given: PYTHON (3.11 or newer) and PIP_ARGS.
 #
 # On Linux the torch of PyPI brings about 3 GB of CUDA packages. On a machine without a GPU spare
-# them with PyTorch's index of CPU builds:
-#   make install PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# them with PyTorch's index of CPU builds, whose address its install page gives:
+#   make install PIP_ARGS="--extra-index-url ADDRESS"
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
