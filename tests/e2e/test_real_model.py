@@ -67,6 +67,7 @@ async def test_it_knows_the_capital_of_japan_and_reuses_the_prompt(pair):
     assert (await two.ask(request)).last.usage.cached_tokens >= 16
 
 
+@pytest.mark.parametrize("pair", ["fp8_e4m3"], indirect=True)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_kill_9_in_mid_stream(pair, role, sampling):
