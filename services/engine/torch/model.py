@@ -66,8 +66,7 @@ class LlamaModel:
         self.numerics = ""
         if batch_invariant:
             with torch.inference_mode():
-                shapes = [(x, x.inputs, x.outputs) for x in weights.shapes]
-                self._rule = numerics.choose_rule(shapes, dtype)
+                self._rule = numerics.choose_rule(weights.shapes, dtype)
             log.info("batch-invariant with %s", self._rule)
             self.numerics = numerics.digest([self._fixed_step()])
 

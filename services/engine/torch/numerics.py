@@ -10,21 +10,33 @@ rows in multiples, and at worst tiles of one fixed size. If none does, that is a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from services.runtime.errors import TandemError
 
-Rows = Callable[[torch.Tensor], torch.Tensor]
 
-# Rows of a probe's reference.
-REFERENCE_ROWS = 512
-# Vectors so large that 512 rows would take long: those of the LM head.
-WIDE = 16384
-WIDE_ROWS = 64
+class Rows(Protocol):
+    """A linear layer. More than most_rows rows are computed in parts."""
+
+    @property
+    def inputs(self) -> int:
+        """Width of a row."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows at once, at most: so many are probed."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer of x [rows, inputs]: [rows, outputs]."""
+
+
+# Row counts up to this are probed with the rows at a second place too.
+FEW = 64
 
 
 class NotInvariantError(TandemError):
@@ -59,7 +71,7 @@ RULES = (
     RowRule(least=4, multiple=4),
     RowRule(least=8, multiple=8),
     RowRule(least=16, multiple=16),
-    RowRule(least=32, multiple=16),
+    RowRule(least=32, multiple=32),
     RowRule(tile=32),
 )
 
@@ -78,10 +90,14 @@ def probe_counts(most: int) -> list[int]:
 
 
 def apply(linear: Rows, rule: RowRule, x: torch.Tensor) -> torch.Tensor:
-    """linear(x), by tiles where the rule says so; x has rule.rows() rows."""
-    if not rule.tile or x.shape[0] == rule.tile:
+    """linear(x) with no more rows at once than were probed; x has rule.rows() rows.
+
+    What splitting leaves over is a count that was probed, too: beyond 64 they rise in sixteens.
+    """
+    most = rule.tile or linear.most_rows
+    if x.shape[0] <= most:
         return linear(x)
-    return torch.cat([linear(part) for part in torch.split(x, rule.tile)])
+    return torch.cat([linear(part) for part in torch.split(x, most)])
 
 
 def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -90,12 +106,12 @@ def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal((rows, width), np.float32)).to(dtype)
 
 
-def choose_rule(linears: Iterable[tuple[Rows, int, int]], dtype: torch.dtype) -> RowRule:
-    """The cheapest rule under which all these layers (function, inputs, outputs) are invariant."""
-    probes = [
-        (linear, probe_input(WIDE_ROWS if outputs >= WIDE else REFERENCE_ROWS, inputs, dtype))
-        for linear, inputs, outputs in linears
-    ]
+def choose_rule(linears: Iterable[Rows], dtype: torch.dtype) -> RowRule:
+    """The cheapest rule under which all these layers are invariant.
+
+    Raises NotInvariantError.
+    """
+    probes = [(linear, probe_input(linear.most_rows, linear.inputs, dtype)) for linear in linears]
     references = [linear(x) for linear, x in probes]
     for rule in RULES:
         cases = zip(probes, references, strict=True)
@@ -119,11 +135,11 @@ def _holds(linear: Rows, x: torch.Tensor, reference: torch.Tensor, rule: RowRule
 
 
 def _places(total: int, rule: RowRule) -> Iterator[tuple[int, int]]:
-    """Row counts that the rule leads to, each at the first rows and at some others."""
+    """Row counts that the rule leads to, at the first rows; few ones at others too."""
     counts = {rule.rows(count) for count in probe_counts(total)}
     for count in sorted(c for c in counts if c <= total):
         yield count, 0
-        if count < total:
+        if count <= FEW and count < total:
             yield count, (total - count) // 2 + 1
 
 

@@ -14,6 +14,9 @@ from safetensors import safe_open
 from services.engine.torch.config import ModelConfig, UnsupportedModelError
 from services.engine.torch.kernels.linear import Linear
 
+# Rows that the head computes at once, at most: probing it with many would take long.
+HEAD_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -102,7 +105,7 @@ def load_weights(
         embedding=embedding.to(dtype, copy=True),
         layers=tuple(_layer(files, config, i, dtype, packed) for i in range(config.layers)),
         norm=files.get("model.norm.weight", config.hidden).to(torch.float32, copy=True),
-        head=Linear(head.to(dtype, copy=True), None, packed=packed),
+        head=Linear(head.to(dtype, copy=True), None, packed=packed, most_rows=HEAD_ROWS),
     )
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,15 +178,19 @@ def test_equal_numerics_need_equal_weights_and_dtypes(model, tmp_path):
 # How the rule about rows is found, with layers that vary on purpose.
 
 
-def varying(bad):
-    """A layer that differs where bad(rows, row) says so."""
+class Varying:
+    """Adds 1 to rows where bad(rows, row) says so."""
 
-    def linear(x):
+    inputs = 8
+    most_rows = 512
+
+    def __init__(self, bad):
+        self._bad = bad
+
+    def __call__(self, x):
         rows = len(x)
-        mark = [float(bad(rows, row)) for row in range(rows)]
+        mark = [float(bool(self._bad(rows, row))) for row in range(rows)]
         return x + x.new_tensor(mark)[:, None]
-
-    return linear
 
 
 @pytest.mark.parametrize(
@@ -199,14 +204,13 @@ def varying(bad):
     ],
 )
 def test_the_cheapest_rule_that_holds_is_found(bad, rule):
-    fine = varying(lambda rows, row: False)
-    layers = [(fine, 8, 8), (varying(bad), 16, 32)]
-    assert choose_rule(layers, numerics.torch.float32) == rule
+    layers = [Varying(lambda rows, row: False), Varying(bad)]
+    assert choose_rule(layers, torch.float32) == rule
 
 
 def test_rows_that_depend_on_their_place_are_refused():
     with pytest.raises(NotInvariantError):
-        choose_rule([(varying(lambda rows, row: row % 2), 8, 8)], numerics.torch.float32)
+        choose_rule([Varying(lambda rows, row: row % 2)], torch.float32)
 
 
 @given(count=st.integers(1, 3000))
@@ -220,7 +224,21 @@ def test_rules_give_room_enough_and_few_sizes(count):
     assert len(probe_counts(512)) < 64
 
 
-def test_tiles_give_what_whole_products_give():
-    layer = varying(lambda rows, row: rows != 32)
-    x = numerics.probe_input(96, 4, numerics.torch.float32)
-    assert numerics.torch.equal(numerics.apply(layer, RowRule(tile=32), x), x)
+@given(count=st.integers(1, 3000), rule=st.sampled_from(numerics.RULES))
+@settings(max_examples=50, deadline=None)
+def test_no_more_rows_at_once_than_were_probed(count, rule):
+    seen = []
+    layer = Varying(lambda rows, row: row == 0 and seen.append(rows))
+    x = torch.zeros(rule.rows(count), 1)
+    assert len(numerics.apply(layer, rule, x)) == len(x)
+    probed = {rule.rows(n) for n in probe_counts(layer.most_rows)}
+    assert set(seen) <= ({rule.tile} if rule.tile else probed)
+
+
+def test_long_steps_are_short_ones(tmp_path):
+    """A step of more rows than are computed at once."""
+    folder = torch_models.write(tmp_path, max_position_embeddings=2048)
+    model = LlamaModel.load(folder, threads=2)
+    (sequence,) = sequences(model, [1300])
+    parts = [advance(model, [(sequence, n)])[0] for n in (500, 30, 1, 769)]
+    assert np.array_equal(np.concatenate(parts), whole(model, 1300))

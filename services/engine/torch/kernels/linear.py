@@ -8,6 +8,8 @@ from torch.nn import functional
 # The row count that oneDNN is told to lay a weight out for. It chooses well for any up to
 # hundreds from this, and badly from 1.
 LAYOUT_ROWS = 32
+# Rows computed at once, at most: enough for full speed. See numerics.py.
+MOST_ROWS = 512
 
 
 def can_pack() -> bool:
@@ -22,10 +24,18 @@ class Linear:
     costs as much as the product itself when there are few rows.
     """
 
-    __slots__ = ("_bias", "_packed", "_weight", "inputs", "outputs")
+    __slots__ = ("_bias", "_packed", "_weight", "inputs", "most_rows", "outputs")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        packed: bool,
+        most_rows: int = MOST_ROWS,
+    ) -> None:
         self.outputs, self.inputs = weight.shape
+        self.most_rows = most_rows
         self._bias = bias
         self._packed = packed
         self._weight = weight
