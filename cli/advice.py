@@ -44,6 +44,9 @@ ADVICE = {
     "MODEL_FETCH": "Check that pip can reach its index, or fetch the model elsewhere and set "
     "model.path.",
     "MODEL_SPACE": "Free disk space, or set XDG_CACHE_HOME to a folder on another disk.",
+    "UNSUPPORTED_MODEL": "The message names the key; docs/engine.md says what the embedded engine "
+    "computes.",
+    "NOT_BATCH_INVARIANT": "Set engine.batch_invariant=false, and do without exact resumption.",
     "INTERNAL": "A bug. The log of the process that answered has more under the incident id; "
     "please report both.",
 }

@@ -1,4 +1,4 @@
-"""What can go wrong between a model's name and a folder that an engine can load."""
+"""What can go wrong between a model's name and an engine that runs it."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ class ModelSpaceError(TandemError):
 
     reason = "MODEL_SPACE"
     code = "RESOURCE_EXHAUSTED"
+
+
+class UnsupportedModelError(TandemError):
+    """The model's folder asks for something that the embedded engine does not compute."""
+
+    reason = "UNSUPPORTED_MODEL"
+    code = "FAILED_PRECONDITION"
+
+
+class NotInvariantError(TandemError):
+    """Batch invariance was asked for and can't be had on this machine."""
+
+    reason = "NOT_BATCH_INVARIANT"
+    code = "FAILED_PRECONDITION"

@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.runtime.errors import TandemError
+from services.engine.models.errors import UnsupportedModelError
 
 # The kernels work on vectors of sixteen, and rotate heads by halves.
 VECTOR = 16
 LEAST_HEAD_DIM = 32
 MOST_GROUP = 64
-
-
-class UnsupportedModelError(TandemError):
-    """The model's folder asks for something that the embedded engine does not compute."""
-
-    reason = "UNSUPPORTED_MODEL"
-    code = "FAILED_PRECONDITION"
 
 
 @dataclass(frozen=True, slots=True)

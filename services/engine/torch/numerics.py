@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from services.runtime.errors import TandemError
+from services.engine.models.errors import NotInvariantError
 
 
 class Rows(Protocol):
@@ -37,13 +37,6 @@ class Rows(Protocol):
 
 # Row counts up to this are probed with the rows at a second place too.
 FEW = 64
-
-
-class NotInvariantError(TandemError):
-    """Batch invariance was asked for and can't be had."""
-
-    reason = "NOT_BATCH_INVARIANT"
-    code = "FAILED_PRECONDITION"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from services.engine.torch.config import ModelConfig, UnsupportedModelError
+from services.engine.models.errors import UnsupportedModelError
+from services.engine.torch.config import ModelConfig
 from services.engine.torch.kernels.linear import Linear
 
 # Rows that the head computes at once, at most: probing it with many would take long.

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch.config import (
     ModelConfig,
     Rope,
-    UnsupportedModelError,
     scaled_frequencies,
 )
 from services.engine.torch.model import LlamaModel

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.engine.models.errors import NotInvariantError
 from services.engine.torch import numerics
 from services.engine.torch.model import LlamaModel
-from services.engine.torch.numerics import NotInvariantError, RowRule, choose_rule, probe_counts
+from services.engine.torch.numerics import RowRule, choose_rule, probe_counts
 from tests.unit.engine_torch import torch_models
 from tests.unit.engine_torch.torch_models import advance, sequences, whole
 
