@@ -144,19 +144,26 @@ class LlamaModel:
     def _compute(
         self, step: Plan, pool: Pool, after_layers: AfterLayers | None, layers_per_piece: int
     ) -> npt.NDArray[np.float32]:
-        steps, rule, layers = self._steps, self._rule, self._weights.layers
-        rows = rule.rows(len(step.positions))
-        steps.begin(step, pool, rows)
+        steps, rule, picked = self._steps, self._rule, len(step.logit_rows)
+        last = self.config.layers - 1
+        steps.begin(step, pool, rule.rows(len(step.positions)), rule.rows(picked))
         steps.embed(self._weights.embedding)
         delta: torch.Tensor | None = None
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(self._weights.layers):
             x = steps.normalize(delta, layer.attention_norm)
             attended = steps.attend(index, numerics.apply(layer.qkv, rule, x))
             self._tell(index, after_layers, layers_per_piece)
+            if index == last:
+                if not picked:
+                    return np.empty((0, self.config.vocabulary), np.float32)
+                attended = steps.keep_picked(rule.rows(picked))
             x = steps.normalize(numerics.apply(layer.output, rule, attended), layer.mlp_norm)
             gated = steps.gate(numerics.apply(layer.gate_up, rule, x))
             delta = numerics.apply(layer.down, rule, gated)
-        return self._logits(delta, len(step.logit_rows))
+        x = steps.normalize(delta, self._weights.norm)
+        logits = numerics.apply(self._weights.head, rule, x)[:picked]
+        found: npt.NDArray[np.float32] = logits.float().numpy()
+        return found
 
     def _tell(self, index: int, after_layers: AfterLayers | None, piece: int) -> None:
         """Calls after_layers if a piece ends with this layer."""
@@ -164,15 +171,6 @@ class LlamaModel:
         if after_layers is not None and (done % piece == 0 or done == self.config.layers):
             first = index // piece * piece
             after_layers(first, done - first)
-
-    def _logits(self, delta: torch.Tensor | None, count: int) -> npt.NDArray[np.float32]:
-        if not count:
-            return np.empty((0, self.config.vocabulary), np.float32)
-        rows = self._rule.rows(count)
-        x = self._steps.normalize_picked(delta, self._weights.norm, rows)
-        logits = numerics.apply(self._weights.head, self._rule, x)
-        found: npt.NDArray[np.float32] = logits[:count].float().numpy()
-        return found
 
     def warm_up(self) -> None:
         """Compiles what is not yet, and lets oneDNN prepare the row counts of usual steps.

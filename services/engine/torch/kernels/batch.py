@@ -54,7 +54,7 @@ class Plan:
     blocks: Int64
     tokens: Int64
     tasks: Int32
-    logit_rows: Int32
+    logit_rows: Int64
 
 
 def plan(batch: Batch, limits: Limits, group: int) -> Plan:
@@ -86,7 +86,7 @@ def plan(batch: Batch, limits: Limits, group: int) -> Plan:
         blocks=tables[sequences, positions // limits.block_tokens].astype(np.int64),
         tokens=(positions % limits.block_tokens).astype(np.int64),
         tasks=_tasks(starts, positions, max(1, QUERY_ROWS // group)),
-        logit_rows=np.ascontiguousarray(batch.logit_rows, np.int32),
+        logit_rows=np.asarray(batch.logit_rows, np.int64),
     )
 
 

@@ -47,58 +47,51 @@ from services.engine.torch.kernels.team import entry
 # Rows a thread takes at a time: enough to hide the atomic addition.
 TAKE = 4
 
-NORMALIZE = ("rows", "width", "kind", "epsilon", "state", "delta", "weight", "out", "pick")
+NORMALIZE = ("rows", "width", "kind", "epsilon", "state", "delta", "weight", "out")
 _normalize_arguments = unpack(len(NORMALIZE) + 1)
 
 
 @entry
 def normalize(arguments: int) -> None:
-    """State += delta; out = state / rms(state) * weight, for every row.
+    """For every row: state += delta; out = state / rms(state) * weight.
 
     state float32 [rows, width]; delta, out [rows, width] of `kind` (FLOAT32 or BFLOAT16); weight
-    float32 [width]; epsilon the bits of a float32. delta may be 0: nothing is added. If pick,
-    int32 [rows], is not 0, row i of out is of row pick[i] of state and delta, and state stays.
+    float32 [width]; epsilon the bits of a float32. delta may be 0: nothing is added.
     """
-    _, rows, width, kind, epsilon, state, delta, weight, out, pick = _normalize_arguments(arguments)
+    _, rows, width, kind, epsilon, state, delta, weight, out = _normalize_arguments(arguments)
     while True:
         first = fetch_add(arguments, TAKE)
         if first >= rows:
             return
         for row in range(first, min(first + TAKE, rows)):
-            source = row
-            if pick != 0:
-                source = peek_i32(pick + 4 * row)
+            start = row * width
             _normalize_row(
-                state + 4 * source * width,
-                0 if delta == 0 else delta + SIZES[kind] * source * width,
+                state + 4 * start,
+                0 if delta == 0 else delta + SIZES[kind] * start,
                 weight,
-                out + SIZES[kind] * row * width,
+                out + SIZES[kind] * start,
                 width,
                 kind,
                 float_bits(epsilon),
-                pick == 0,
             )
 
 
 @njit(cache=True, error_model="numpy")
 def _normalize_row(
-    state: int, delta: int, weight: int, out: int, width: int, kind: int, epsilon: float, keep: bool
+    state: int, delta: int, weight: int, out: int, width: int, kind: int, epsilon: float
 ) -> None:
     squares = splat_f32(0.0)
     for i in range(0, width, LANES):
         value = load_f32(state + 4 * i)
         if delta != 0:
             value = add(value, load_values(delta, i, kind))
-            if keep:
-                store_f32(state + 4 * i, value)
+            store_f32(state + 4 * i, value)
         squares = fma(value, value, squares)
     mean = float(sum_lanes(squares)) / width
     scale = splat_f32(1.0 / math.sqrt(mean + float(epsilon)))
     for i in range(0, width, LANES):
-        value = load_f32(state + 4 * i)
-        if delta != 0 and not keep:
-            value = add(value, load_values(delta, i, kind))
-        store_values(out, i, kind, multiply(multiply(value, scale), load_f32(weight + 4 * i)))
+        value = multiply(load_f32(state + 4 * i), scale)
+        store_values(out, i, kind, multiply(value, load_f32(weight + 4 * i)))
 
 
 GATE = ("rows", "width", "kind", "both", "out")

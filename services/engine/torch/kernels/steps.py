@@ -113,19 +113,18 @@ class Steps:
         self._rotate.set(q=self._q.data_ptr(), turned_k=self._turned_k.data_ptr())
         self._attend.set(q=self._q.data_ptr(), out=self._attended.data_ptr())
 
-    def begin(self, step: Plan, pool: npt.NDArray[np.uint8], padded: int) -> None:
-        """A step over `pool`; linear layers get `padded` rows."""
-        if padded > self._capacity:
-            self._grow(max(padded, 2 * self._capacity))
+    def begin(
+        self, step: Plan, pool: npt.NDArray[np.uint8], padded: int, padded_picked: int
+    ) -> None:
+        """A step over `pool`; linear layers get `padded` rows, at last `padded_picked`."""
+        # A row's logits may be wanted twice: so these may be more than the step's rows.
+        most = max(padded, padded_picked)
+        if most > self._capacity:
+            self._grow(max(most, 2 * self._capacity))
         self._step = step
-        self._padded = padded
         self._pool = pool.ctypes.data
-        self._rows = len(step.positions)
         self._row_bytes = step.blocks * pool.strides[0]
-        self._x = self._normed[:padded]
-        self._attended_x, self._gated_x = self._attended[:padded], self._gated[:padded]
-        self._normalize.set(rows=self._rows)
-        self._gate.set(rows=self._rows)
+        self._set_rows(len(step.positions), padded)
         self._rotate.set(
             rows=self._rows,
             positions=step.positions.ctypes.data,
@@ -141,6 +140,14 @@ class Steps:
             task=step.tasks.ctypes.data,
         )
 
+    def _set_rows(self, count: int, padded: int) -> None:
+        """Normalizing and gating go on with the first `count` rows."""
+        self._rows = count
+        self._x = self._normed[:padded]
+        self._attended_x, self._gated_x = self._attended[:padded], self._gated[:padded]
+        self._normalize.set(rows=count)
+        self._gate.set(rows=count)
+
     def _team(self, items: int) -> int:
         """Threads for so many rows."""
         return min(self._threads, -(-items // rows.TAKE))
@@ -153,28 +160,10 @@ class Steps:
     def normalize(self, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """State += delta; its RMSNorm [padded, hidden]."""
         self._normalize.set(
-            delta=0 if delta is None else delta.data_ptr(), weight=weight.data_ptr(), pick=0
+            delta=0 if delta is None else delta.data_ptr(), weight=weight.data_ptr()
         )
         self._normalize.run(self._team(self._rows))
         return self._x
-
-    def normalize_picked(
-        self, delta: torch.Tensor | None, weight: torch.Tensor, padded: int
-    ) -> torch.Tensor:
-        """RMSNorm of state + delta at the rows whose logits are wanted [padded, hidden]."""
-        picked = self._step.logit_rows
-        # Padded rows may be more than the step's: one row's logits may be wanted twice.
-        out = torch.zeros((padded, self._config.hidden), dtype=self._dtype)
-        self._normalize.set(
-            rows=len(picked),
-            delta=0 if delta is None else delta.data_ptr(),
-            weight=weight.data_ptr(),
-            pick=picked.ctypes.data,
-            out=out.data_ptr(),
-        )
-        self._normalize.run(self._team(len(picked)))
-        self._normalize.set(out=self._normed.data_ptr())
-        return out
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """Writes the rows' KV of a layer, then attention [padded, heads * head_dim]."""
@@ -185,6 +174,18 @@ class Steps:
         self._attend.set(pool=pool)
         items = len(self._step.tasks) * self._config.kv_heads
         self._attend.run(min(self._threads, items))
+        return self._attended_x
+
+    def keep_picked(self, padded: int) -> torch.Tensor:
+        """After the last attention: only rows whose logits are wanted go on, in that order.
+
+        Returns what attend() did, of these rows [padded, heads * head_dim].
+        """
+        picked = torch.from_numpy(self._step.logit_rows)
+        count = len(picked)
+        for buffer in (self._state, self._attended):
+            buffer[:count] = torch.index_select(buffer, 0, picked)
+        self._set_rows(count, padded)
         return self._attended_x
 
     def gate(self, both: torch.Tensor) -> torch.Tensor:
