@@ -23,7 +23,7 @@ from services.engine.torch.config import ModelConfig
 from services.engine.torch.kernels.batch import Batch, Limits, Plan, plan
 from services.engine.torch.kernels.linear import can_pack
 from services.engine.torch.kernels.steps import Steps
-from services.engine.torch.numerics import RowRule
+from services.engine.torch.numerics import Rules
 from services.engine.torch.weights import ModelWeights, load_weights
 
 __all__ = ["Batch", "LlamaModel"]
@@ -61,13 +61,13 @@ class LlamaModel:
         self._pool: Pool | None = None
         self._threads = threads
         torch.set_num_threads(threads)
-        self._rule = RowRule()
+        self._rules = Rules({})
         self._steps = Steps(config, layout, dtype, threads)
         self.numerics = ""
         if batch_invariant:
             with torch.inference_mode():
-                self._rule = numerics.choose_rule(weights.shapes, dtype)
-            log.info("batch-invariant with %s", self._rule)
+                self._rules = numerics.choose_rules(weights.shapes, dtype)
+            log.info("batch-invariant with %s", self._rules)
             self.numerics = numerics.digest([self._fixed_step()])
 
     @classmethod
@@ -144,24 +144,26 @@ class LlamaModel:
     def _compute(
         self, step: Plan, pool: Pool, after_layers: AfterLayers | None, layers_per_piece: int
     ) -> npt.NDArray[np.float32]:
-        steps, rule, picked = self._steps, self._rule, len(step.logit_rows)
-        last = self.config.layers - 1
-        steps.begin(step, pool, rule.rows(len(step.positions)), rule.rows(picked))
+        steps, linear = self._steps, self._rules.apply
+        count, picked = len(step.positions), len(step.logit_rows)
+        # A row's logits may be wanted twice: so these may be more than the step's rows.
+        steps.begin(step, pool, self._rules.room(max(count, picked)))
         steps.embed(self._weights.embedding)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
             x = steps.normalize(delta, layer.attention_norm)
-            attended = steps.attend(index, numerics.apply(layer.qkv, rule, x))
+            attended = steps.attend(index, linear(layer.qkv, x, count))
             self._tell(index, after_layers, layers_per_piece)
-            if index == last:
+            if index == self.config.layers - 1:
                 if not picked:
                     return np.empty((0, self.config.vocabulary), np.float32)
-                attended = steps.keep_picked(rule.rows(picked))
-            x = steps.normalize(numerics.apply(layer.output, rule, attended), layer.mlp_norm)
-            gated = steps.gate(numerics.apply(layer.gate_up, rule, x))
-            delta = numerics.apply(layer.down, rule, gated)
+                steps.keep_picked()
+                count = picked
+            x = steps.normalize(linear(layer.output, attended, count), layer.mlp_norm)
+            gated = steps.gate(linear(layer.gate_up, x, count))
+            delta = linear(layer.down, gated, count)
         x = steps.normalize(delta, self._weights.norm)
-        logits = numerics.apply(self._weights.head, rule, x)[:picked]
+        logits = linear(self._weights.head, x, count)[:count]
         found: npt.NDArray[np.float32] = logits.float().numpy()
         return found
 

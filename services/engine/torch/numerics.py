@@ -3,14 +3,14 @@
 A row of a matrix product should not depend on how many rows are computed with it. Libraries do
 not promise that: they may choose another kernel for few rows. So every weight shape is probed at
 every row count that steps will have (few, by `row_grid`), rows at different places, against one
-reference; the cheapest rule that makes all probes equal is used: none, a least number of rows,
+reference; the cheapest rule that makes a shape's probes equal is used for it: none, a least number of rows,
 rows in multiples, and at worst tiles of one fixed size. If none does, that is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,10 @@ class Rows(Protocol):
     @property
     def inputs(self) -> int:
         """Width of a row."""
+
+    @property
+    def outputs(self) -> int:
+        """Width of a row's result."""
 
     @property
     def most_rows(self) -> int:
@@ -82,15 +86,31 @@ def probe_counts(most: int) -> list[int]:
     return sorted({row_grid(count) for count in range(1, most + 1)})
 
 
-def apply(linear: Rows, rule: RowRule, x: torch.Tensor) -> torch.Tensor:
-    """linear(x) with no more rows at once than were probed; x has rule.rows() rows.
+class Rules:
+    """The rule of every shape of linear layer; shapes that are not there have none."""
 
-    What splitting leaves over is a count that was probed, too: beyond 64 they rise in sixteens.
-    """
-    most = rule.tile or linear.most_rows
-    if x.shape[0] <= most:
-        return linear(x)
-    return torch.cat([linear(part) for part in torch.split(x, most)])
+    def __init__(self, rules: Mapping[tuple[int, int], RowRule]) -> None:
+        self._rules = rules
+
+    def room(self, count: int) -> int:
+        """Rows that buffers must have for `count` of them."""
+        return max((r.rows(count) for r in self._rules.values()), default=RowRule().rows(count))
+
+    def apply(self, linear: Rows, buffer: torch.Tensor, count: int) -> torch.Tensor:
+        """The layer of the first `count` rows, and of as many more as the rule asks for.
+
+        No more rows at once than were probed. What splitting leaves over is a count that was
+        probed, too: beyond 64 they rise in sixteens.
+        """
+        rule = self._rules.get((linear.inputs, linear.outputs), RowRule())
+        rows = rule.rows(count)
+        most = rule.tile or linear.most_rows
+        if rows <= most:
+            return linear(buffer[:rows])
+        return torch.cat([linear(part) for part in torch.split(buffer[:rows], most)])
+
+    def __str__(self) -> str:
+        return ", ".join(f"{i}x{o}: {rule}" for (i, o), rule in self._rules.items())
 
 
 def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -99,20 +119,21 @@ def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal((rows, width), np.float32)).to(dtype)
 
 
-def choose_rule(linears: Iterable[Rows], dtype: torch.dtype) -> RowRule:
-    """The cheapest rule under which all these layers are invariant.
+def choose_rules(linears: Iterable[Rows], dtype: torch.dtype) -> Rules:
+    """Makes layers of these shapes invariant. Raises NotInvariantError."""
+    return Rules({(x.inputs, x.outputs): choose_rule(x, dtype) for x in linears})
 
-    Raises NotInvariantError.
-    """
-    probes = [(linear, probe_input(linear.most_rows, linear.inputs, dtype)) for linear in linears]
-    references = [linear(x) for linear, x in probes]
+
+def choose_rule(linear: Rows, dtype: torch.dtype) -> RowRule:
+    """The cheapest rule under which a layer is invariant. Raises NotInvariantError."""
+    x = probe_input(linear.most_rows, linear.inputs, dtype)
+    reference = linear(x)
     for rule in RULES:
-        cases = zip(probes, references, strict=True)
-        if all(_holds(linear, x, reference, rule) for (linear, x), reference in cases):
+        if _holds(linear, x, reference, rule):
             return rule
     raise NotInvariantError(
-        "linear layers of this torch depend on a row's place in the batch on this machine; set "
-        "engine.batch_invariant=false"
+        f"linear layers of shape {linear.inputs}x{linear.outputs} depend on a row's place in the "
+        "batch, with this torch on this machine; set engine.batch_invariant=false"
     )
 
 

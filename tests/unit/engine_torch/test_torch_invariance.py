@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from services.engine.models.errors import NotInvariantError
 from services.engine.torch import numerics
 from services.engine.torch.model import LlamaModel
-from services.engine.torch.numerics import RowRule, choose_rule, probe_counts
+from services.engine.torch.numerics import (
+    RowRule,
+    Rules,
+    choose_rule,
+    probe_counts,
+)
 from tests.unit.engine_torch import torch_models
 from tests.unit.engine_torch.torch_models import advance, sequences, whole
 
@@ -182,7 +187,7 @@ def test_equal_numerics_need_equal_weights_and_dtypes(model, tmp_path):
 class Varying:
     """Adds 1 to rows where bad(rows, row) says so."""
 
-    inputs = 8
+    inputs, outputs = 8, 4
     most_rows = 512
 
     def __init__(self, bad):
@@ -205,13 +210,12 @@ class Varying:
     ],
 )
 def test_the_cheapest_rule_that_holds_is_found(bad, rule):
-    layers = [Varying(lambda rows, row: False), Varying(bad)]
-    assert choose_rule(layers, torch.float32) == rule
+    assert choose_rule(Varying(bad), torch.float32) == rule
 
 
 def test_rows_that_depend_on_their_place_are_refused():
     with pytest.raises(NotInvariantError):
-        choose_rule([Varying(lambda rows, row: row % 2)], torch.float32)
+        choose_rule(Varying(lambda rows, row: row % 2), torch.float32)
 
 
 @given(count=st.integers(1, 3000))
@@ -230,8 +234,9 @@ def test_rules_give_room_enough_and_few_sizes(count):
 def test_no_more_rows_at_once_than_were_probed(count, rule):
     seen = []
     layer = Varying(lambda rows, row: row == 0 and seen.append(rows))
-    x = torch.zeros(rule.rows(count), 1)
-    assert len(numerics.apply(layer, rule, x)) == len(x)
+    rules = Rules({(8, 4): rule, (8, 8): RowRule()})
+    x = torch.zeros(rules.room(count), 8)
+    assert len(rules.apply(layer, x, count)) == rule.rows(count)
     probed = {rule.rows(n) for n in probe_counts(layer.most_rows)}
     assert set(seen) <= ({rule.tile} if rule.tile else probed)
 

@@ -113,18 +113,14 @@ class Steps:
         self._rotate.set(q=self._q.data_ptr(), turned_k=self._turned_k.data_ptr())
         self._attend.set(q=self._q.data_ptr(), out=self._attended.data_ptr())
 
-    def begin(
-        self, step: Plan, pool: npt.NDArray[np.uint8], padded: int, padded_picked: int
-    ) -> None:
-        """A step over `pool`; linear layers get `padded` rows, at last `padded_picked`."""
-        # A row's logits may be wanted twice: so these may be more than the step's rows.
-        most = max(padded, padded_picked)
-        if most > self._capacity:
-            self._grow(max(most, 2 * self._capacity))
+    def begin(self, step: Plan, pool: npt.NDArray[np.uint8], room: int) -> None:
+        """A step over `pool`; linear layers may read up to `room` rows of what is returned."""
+        if room > self._capacity:
+            self._grow(max(room, 2 * self._capacity))
         self._step = step
         self._pool = pool.ctypes.data
         self._row_bytes = step.blocks * pool.strides[0]
-        self._set_rows(len(step.positions), padded)
+        self._set_rows(len(step.positions))
         self._rotate.set(
             rows=self._rows,
             positions=step.positions.ctypes.data,
@@ -140,11 +136,9 @@ class Steps:
             task=step.tasks.ctypes.data,
         )
 
-    def _set_rows(self, count: int, padded: int) -> None:
+    def _set_rows(self, count: int) -> None:
         """Normalizing and gating go on with the first `count` rows."""
         self._rows = count
-        self._x = self._normed[:padded]
-        self._attended_x, self._gated_x = self._attended[:padded], self._gated[:padded]
         self._normalize.set(rows=count)
         self._gate.set(rows=count)
 
@@ -158,15 +152,15 @@ class Steps:
         self._state[: self._rows].copy_(found)
 
     def normalize(self, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        """State += delta; its RMSNorm [padded, hidden]."""
+        """State += delta; its RMSNorm [room, hidden]."""
         self._normalize.set(
             delta=0 if delta is None else delta.data_ptr(), weight=weight.data_ptr()
         )
         self._normalize.run(self._team(self._rows))
-        return self._x
+        return self._normed
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """Writes the rows' KV of a layer, then attention [padded, heads * head_dim]."""
+        """Writes the rows' KV of a layer, then attention [room, heads * head_dim]."""
         pool = self._pool + layer * self._layout.layer_bytes
         self._rotate.set(qkv=qkv.data_ptr(), pool=pool)
         self._rotate.run(self._team(self._rows))
@@ -174,22 +168,18 @@ class Steps:
         self._attend.set(pool=pool)
         items = len(self._step.tasks) * self._config.kv_heads
         self._attend.run(min(self._threads, items))
-        return self._attended_x
+        return self._attended
 
-    def keep_picked(self, padded: int) -> torch.Tensor:
-        """After the last attention: only rows whose logits are wanted go on, in that order.
-
-        Returns what attend() did, of these rows [padded, heads * head_dim].
-        """
+    def keep_picked(self) -> None:
+        """After the last attention: only rows whose logits are wanted go on, in that order."""
         picked = torch.from_numpy(self._step.logit_rows)
         count = len(picked)
         for buffer in (self._state, self._attended):
             buffer[:count] = torch.index_select(buffer, 0, picked)
-        self._set_rows(count, padded)
-        return self._attended_x
+        self._set_rows(count)
 
     def gate(self, both: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up [padded, intermediate]."""
+        """silu(gate) * up [room, intermediate]."""
         self._gate.set(both=both.data_ptr())
         self._gate.run(self._team(self._rows))
-        return self._gated_x
+        return self._gated
