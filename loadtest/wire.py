@@ -15,13 +15,13 @@ from loadtest.workload import RequestPlan, SamplingSpec
 from services.runtime.channels import Channels
 from services.runtime.client import CallFailedError
 from services.runtime.errors import from_rpc
-from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
 STATUS_SECONDS = 5.0
 
-_GOOD_ENDS = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH)
+_GOOD_ENDS = (generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH)
 
 
 class InferenceClient:
@@ -69,7 +69,7 @@ class InferenceClient:
     ) -> tuple[str, str]:
         """Reason code, and words, of a stream that ended without an error status."""
         if last is None or last.finish_reason not in _GOOD_ENDS:
-            ended = common_pb2.FinishReason.Name(last.finish_reason) if last else "no message"
+            ended = generation_pb2.FinishReason.Name(last.finish_reason) if last else "no message"
             return TRUNCATED, f"the stream ended with {ended} and status OK"
         progress.served = _served(last)
         came = sum(count for _, count in progress.arrivals)
@@ -81,7 +81,7 @@ class InferenceClient:
 
     def _message(self, plan: RequestPlan) -> inference_pb2.GenerateRequest:
         given = self._sampling
-        sampling = common_pb2.SamplingParams(
+        sampling = generation_pb2.SamplingParams(
             max_tokens=plan.max_tokens,
             ignore_eos=given.ignore_eos,
             seed=plan.seed,

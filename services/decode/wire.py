@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from services.engine.api import EngineFault, TokenOutput
 from services.engine.wire import FINISH, fault_to, kv_to, logprobs_to
-from tandem.common.v1 import common_pb2
 from tandem.decode.v1 import decode_pb2
+from tandem.generation.v1 import generation_pb2
 
 
 def output_to(output: TokenOutput) -> decode_pb2.RequestOutput:
@@ -24,6 +24,6 @@ def error_output(request_id: str, fault: EngineFault) -> decode_pb2.RequestOutpu
     """The last output of a request that this worker does not run."""
     return decode_pb2.RequestOutput(
         request_id=request_id,
-        finish_reason=common_pb2.FINISH_REASON_ERROR,
+        finish_reason=generation_pb2.FINISH_REASON_ERROR,
         error=fault_to(fault),
     )

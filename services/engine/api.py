@@ -41,7 +41,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; meanings and ranges as in common.proto, all validated."""
+    """How the next token is chosen; meanings and ranges as in generation.proto, all validated."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -113,7 +113,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class KvReport:
-    """What was done about one request's prompt KV; fields as in common.proto."""
+    """What was done about one request's prompt KV; fields as in generation.proto."""
 
     transport: str = ""
     bytes: int = 0

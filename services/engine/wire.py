@@ -14,15 +14,15 @@ from services.engine.api import (
     TokenLogprob,
 )
 from services.runtime.errors import InvalidRequestError
-from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2
+from tandem.generation.v1 import generation_pb2
 
 FINISH = {
-    None: common_pb2.FINISH_REASON_UNSPECIFIED,
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+    None: generation_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: generation_pb2.FINISH_REASON_ERROR,
 }
 
 _SAMPLING_FIELDS = (
@@ -39,7 +39,7 @@ _SAMPLING_FIELDS = (
 )
 
 
-def request_from(message: common_pb2.TokenRequest, vocabulary: int) -> Request:
+def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Request:
     """The engine's request. Frontends have validated it; what would break an engine is checked.
 
     Raises InvalidRequestError naming the field.
@@ -81,21 +81,21 @@ def request_from(message: common_pb2.TokenRequest, vocabulary: int) -> Request:
     )
 
 
-def logprobs_to(items: Iterable[TokenLogprob]) -> list[common_pb2.TokenLogprob]:
+def logprobs_to(items: Iterable[TokenLogprob]) -> list[generation_pb2.TokenLogprob]:
     """Log-probabilities for the wire."""
     return [
-        common_pb2.TokenLogprob(
+        generation_pb2.TokenLogprob(
             token_id=item.token_id,
             logprob=item.logprob,
-            top=[common_pb2.TopLogprob(token_id=t, logprob=p) for t, p in item.top],
+            top=[generation_pb2.TopLogprob(token_id=t, logprob=p) for t, p in item.top],
         )
         for item in items
     ]
 
 
-def kv_to(report: KvReport) -> common_pb2.KvReport:
+def kv_to(report: KvReport) -> generation_pb2.KvReport:
     """What was done about a prompt's KV, for the wire."""
-    return common_pb2.KvReport(
+    return generation_pb2.KvReport(
         transport=report.transport,
         bytes=report.bytes,
         blocks=report.blocks,
@@ -107,9 +107,9 @@ def kv_to(report: KvReport) -> common_pb2.KvReport:
     )
 
 
-def fault_to(fault: EngineFault) -> common_pb2.Error:
+def fault_to(fault: EngineFault) -> generation_pb2.Error:
     """An error inside a stream that goes on for others."""
-    return common_pb2.Error(reason=fault.reason, message=fault.message, metadata=fault.metadata)
+    return generation_pb2.Error(reason=fault.reason, message=fault.message, metadata=fault.metadata)
 
 
 def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:

@@ -38,8 +38,8 @@ from services.frontend.request import Request, State
 from services.frontend.served import ServedModel
 from services.frontend.workers import DecodeLink, Workers
 from services.runtime.errors import TandemError, WorkerLostError
-from tandem.common.v1 import common_pb2
 from tandem.decode.v1 import decode_pb2
+from tandem.generation.v1 import generation_pb2
 from tandem.prefill.v1 import prefill_pb2
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ class _Attempt:
         self,
         live: LiveRequest,
         number: int,
-        tokens: common_pb2.TokenRequest,
+        tokens: generation_pb2.TokenRequest,
         deadline: float,
         cluster: Cluster,
     ) -> None:

@@ -14,9 +14,9 @@ from services.frontend.served import ServedModel
 from services.frontend.usage import cached_tokens
 from services.frontend.validate import Asked, AskedSampling, Chat, Prompt, Tokens
 from services.runtime.errors import DeadlineError, TandemError, WorkerLostError, by_reason, from_rpc
-from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2
 from tandem.decode.v1 import decode_pb2
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2
 from tandem.prefill.v1 import prefill_pb2
 
@@ -102,9 +102,9 @@ def _since(start: float, then: float | None) -> float:
 # To workers
 
 
-def sampling_to(sampling: Sampling) -> common_pb2.SamplingParams:
+def sampling_to(sampling: Sampling) -> generation_pb2.SamplingParams:
     """Every field set."""
-    return common_pb2.SamplingParams(
+    return generation_pb2.SamplingParams(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -125,10 +125,10 @@ def token_request(
     attempt_id: str,
     prompt: Sequence[int],
     output: Sequence[int],
-    sampling: common_pb2.SamplingParams,
-) -> common_pb2.TokenRequest:
+    sampling: generation_pb2.SamplingParams,
+) -> generation_pb2.TokenRequest:
     """An attempt as workers see it."""
-    return common_pb2.TokenRequest(
+    return generation_pb2.TokenRequest(
         request_id=attempt_id,
         prompt_token_ids=prompt,
         output_token_ids=output,
@@ -137,7 +137,7 @@ def token_request(
 
 
 def start_message(
-    request: common_pb2.TokenRequest, worker: Worker, source: Worker | None, deadline_ms: int
+    request: generation_pb2.TokenRequest, worker: Worker, source: Worker | None, deadline_ms: int
 ) -> decode_pb2.DecodeRequest:
     """An attempt for a decode worker. Its lease at the source has the attempt's id."""
     start = decode_pb2.Start(request=request, dp_rank=worker.dp_rank, deadline_ms=deadline_ms)
@@ -192,7 +192,7 @@ def done_from(number: int, message: prefill_pb2.PrefillDone) -> PrefillDone:
     )
 
 
-def _logprobs_from(items: Iterable[common_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+def _logprobs_from(items: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(
             item.token_id, item.logprob, tuple((top.token_id, top.logprob) for top in item.top)
@@ -201,7 +201,7 @@ def _logprobs_from(items: Iterable[common_pb2.TokenLogprob]) -> tuple[TokenLogpr
     )
 
 
-def _kv_from(report: common_pb2.KvReport) -> KvReport:
+def _kv_from(report: generation_pb2.KvReport) -> KvReport:
     return KvReport(
         transport=report.transport,
         bytes=report.bytes,

@@ -12,8 +12,8 @@ import grpc
 
 from services.runtime.channels import Channels
 from services.runtime.errors import InvalidRequestError, from_rpc
-from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
 CALL_SECONDS = 10.0
@@ -48,7 +48,7 @@ class Turn:
 class Ask:
     """A request. Exactly one of `chat` and `prompt`; sampling left out takes the server's defaults.
 
-    `sampling` has the fields of SamplingParams in common.proto.
+    `sampling` has the fields of SamplingParams in generation.proto.
     """
 
     chat: Sequence[Turn] = ()
@@ -225,8 +225,8 @@ def _request(ask: Ask) -> inference_pb2.GenerateRequest:
     return request
 
 
-def _sampling(fields: dict[str, float | int | bool]) -> common_pb2.SamplingParams:
-    sampling = common_pb2.SamplingParams()
+def _sampling(fields: dict[str, float | int | bool]) -> generation_pb2.SamplingParams:
+    sampling = generation_pb2.SamplingParams()
     for name, value in fields.items():
         try:
             setattr(sampling, name, value)
@@ -238,7 +238,7 @@ def _sampling(fields: dict[str, float | int | bool]) -> common_pb2.SamplingParam
 def _piece(message: inference_pb2.StreamGenerateResponse) -> Piece:
     end = None
     if message.finish_reason:
-        reason = common_pb2.FinishReason.Name(message.finish_reason)
+        reason = generation_pb2.FinishReason.Name(message.finish_reason)
         end = End(
             finish_reason=reason.removeprefix("FINISH_REASON_").lower(),
             prompt_tokens=message.usage.prompt_tokens,

@@ -35,9 +35,9 @@ from services.runtime.errors import (
 )
 from services.runtime.server import Server
 from services.runtime.settings import FrontendProcess, FrontendSettings, ServerSettings
-from tandem.common.v1 import common_pb2
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 from tandem.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
 from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
@@ -45,8 +45,8 @@ from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 EOS = 0
 VOCABULARY = 27
 LAYOUT = "f" * 32
-STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
-ERROR = common_pb2.FINISH_REASON_ERROR
+STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
+ERROR = generation_pb2.FINISH_REASON_ERROR
 
 
 def following(tokens: list[int], count: int) -> list[int]:
@@ -122,7 +122,7 @@ class FakePrefill(
                 token_ids=following(tokens, 1),
                 handle=b"handle",
                 finish_reason=self.finish,
-                kv=common_pb2.KvReport(cached_tokens=2, computed_tokens=len(tokens) - 2),
+                kv=generation_pb2.KvReport(cached_tokens=2, computed_tokens=len(tokens) - 2),
             )
             yield prefill_pb2.PrefillResponse(done=done)
             handed_over = True
@@ -137,7 +137,7 @@ class FakePrefill(
 
 @dataclass
 class Running:
-    request: common_pb2.TokenRequest
+    request: generation_pb2.TokenRequest
     tokens: list[int]
     task: asyncio.Task | None = None
 
@@ -206,7 +206,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.starts.append(start)
         name = start.request.request_id
         if self.refusal is not None and len(self.starts) <= self.refusals:
-            error = common_pb2.Error(reason=self.refusal[0], message=self.refusal[1])
+            error = generation_pb2.Error(reason=self.refusal[0], message=self.refusal[1])
             error.metadata["field"] = "request.prompt_token_ids"
             output = decode_pb2.RequestOutput(request_id=name, finish_reason=ERROR, error=error)
             out.put_nowait(decode_pb2.DecodeResponse(outputs=[output]))
@@ -220,7 +220,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         request, name = running.request, running.request.request_id
         prompt = list(request.prompt_token_ids)
         local = len(running.tokens) == len(request.output_token_ids)
-        kv = common_pb2.KvReport(transport="" if local else "shm", bytes=0 if local else 640)
+        kv = generation_pb2.KvReport(transport="" if local else "shm", bytes=0 if local else 640)
         kv.cached_tokens = 1 if local else 0
         limit = request.sampling.max_tokens
         while True:
@@ -233,10 +233,10 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             output = decode_pb2.RequestOutput(request_id=name, token_ids=new)
             if request.sampling.HasField("logprobs"):
                 output.logprobs.extend(
-                    common_pb2.TokenLogprob(
+                    generation_pb2.TokenLogprob(
                         token_id=t,
                         logprob=-1.0,
-                        top=[common_pb2.TopLogprob(token_id=t, logprob=-1.0)],
+                        top=[generation_pb2.TopLogprob(token_id=t, logprob=-1.0)],
                     )
                     for t in new
                 )
@@ -407,7 +407,7 @@ def ask(prompt: str = "tandem", **fields) -> inference_pb2.GenerateRequest:
     stop = fields.pop("stop", [])
     request_id = fields.pop("request_id", "")
     fields.setdefault("max_tokens", 12)
-    sampling = common_pb2.SamplingParams(**fields)
+    sampling = generation_pb2.SamplingParams(**fields)
     return inference_pb2.GenerateRequest(
         prompt=prompt, sampling=sampling, stop=stop, request_id=request_id
     )
@@ -540,10 +540,10 @@ async def test_max_tokens_is_what_the_window_leaves(world):
 
 
 async def test_chat_and_tokens_are_inputs_too(world):
-    chat = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(max_tokens=3))
+    chat = inference_pb2.GenerateRequest(sampling=generation_pb2.SamplingParams(max_tokens=3))
     chat.chat.messages.add(role="user", content="abc")
     assert list((await world.whole(chat)).token_ids) == answer_to("abc", 3)
-    tokens = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(max_tokens=3))
+    tokens = inference_pb2.GenerateRequest(sampling=generation_pb2.SamplingParams(max_tokens=3))
     tokens.tokens.token_ids.extend([1, 2, 3])
     assert list((await world.whole(tokens)).token_ids) == answer_to("abc", 3)
 

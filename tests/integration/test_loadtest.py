@@ -24,11 +24,11 @@ from services.runtime.client import CallFailedError
 from services.runtime.errors import OverloadedError, WorkerLostError
 from services.runtime.server import Server
 from services.runtime.settings import ServerSettings
-from tandem.common.v1 import common_pb2
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = "tandem.inference.v1.InferenceService"
-LENGTH = common_pb2.FINISH_REASON_LENGTH
+LENGTH = generation_pb2.FINISH_REASON_LENGTH
 
 
 class ScriptedFrontend(inference_pb2_grpc.InferenceServiceServicer):
@@ -83,7 +83,9 @@ class ScriptedFrontend(inference_pb2_grpc.InferenceServiceServicer):
             await self._changed.wait_for(holds)
 
     def end(self, asked, sent):
-        kv = common_pb2.KvReport(transport="shm", bytes=1000, seconds=0.01, exposed_seconds=0.002)
+        kv = generation_pb2.KvReport(
+            transport="shm", bytes=1000, seconds=0.01, exposed_seconds=0.002
+        )
         attempt = inference_pb2.RouteAttempt(prefill_worker="p", decode_worker="d", kv=kv)
         usage = inference_pb2.Usage(
             prompt_tokens=len(asked.tokens.token_ids), completion_tokens=sent, cached_tokens=2

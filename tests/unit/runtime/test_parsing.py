@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.runtime.parsing import Unparsable, deserializer, explain
-from tandem.common.v1 import common_pb2
+from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2
 
 DESCRIPTOR = inference_pb2.GenerateRequest.DESCRIPTOR
@@ -16,7 +16,9 @@ DESCRIPTOR = inference_pb2.GenerateRequest.DESCRIPTOR
 
 def request(**more) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(
-        sampling=common_pb2.SamplingParams(temperature=0.5, seed=2**63, stop_token_ids=[1, 300]),
+        sampling=generation_pb2.SamplingParams(
+            temperature=0.5, seed=2**63, stop_token_ids=[1, 300]
+        ),
         **more,
     )
 

@@ -18,18 +18,18 @@ from services.engine.api import (
     TokenOutput,
 )
 from services.runtime.errors import EngineOverloadedError
-from tandem.common.v1 import common_pb2
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
+from tandem.generation.v1 import generation_pb2
 
 SERVICE = "tandem.decode.v1.DecodeService"
 
 
-def token_request(request_id: str, *prompt: int) -> common_pb2.TokenRequest:
-    sampling = common_pb2.SamplingParams(
+def token_request(request_id: str, *prompt: int) -> generation_pb2.TokenRequest:
+    sampling = generation_pb2.SamplingParams(
         temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0,
         frequency_penalty=0, max_tokens=8, min_tokens=0, seed=1,
     )  # fmt: skip
-    return common_pb2.TokenRequest(
+    return generation_pb2.TokenRequest(
         request_id=request_id, prompt_token_ids=prompt or (1, 2, 3), sampling=sampling
     )
 
@@ -83,7 +83,7 @@ async def test_what_comes_of_a_request_reaches_the_wire_whole(world):
     report = KvReport("shm", 10, 1, 0.5, 0.25, 2, 1, 1)
     servicer.deliver((TokenOutput("a", (5,), (logprob,), FinishReason.LENGTH, kv=report),))
     (output,) = (await call.read()).outputs
-    assert output.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert output.finish_reason == generation_pb2.FINISH_REASON_LENGTH
     assert [(t.token_id, t.logprob) for t in output.logprobs[0].top] == [(5, -0.5), (6, -1.5)]
     assert (output.kv.transport, output.kv.bytes, output.kv.corrupt_blocks) == ("shm", 10, 1)
     assert servicer.live == 0
@@ -96,7 +96,7 @@ async def test_a_refusal_is_one_requests_output_and_the_stream_goes_on(world):
     engine.refuse = EngineOverloadedError("full", waiting=3)
     await call.write(start("a"))
     (output,) = (await call.read()).outputs
-    assert output.finish_reason == common_pb2.FINISH_REASON_ERROR
+    assert output.finish_reason == generation_pb2.FINISH_REASON_ERROR
     assert (output.error.reason, dict(output.error.metadata)) == (
         "ENGINE_OVERLOADED",
         {"waiting": "3"},

@@ -8,18 +8,18 @@ import pytest
 from services.engine.api import EngineFault, FinishReason, Hold, KvReport, TokenOutput
 from services.prefill.service import PrefillServicer
 from services.runtime.errors import EngineOverloadedError, from_rpc
-from tandem.common.v1 import common_pb2
+from tandem.generation.v1 import generation_pb2
 from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 SERVICE = "tandem.prefill.v1.PrefillService"
 
 
 def request(name: str = "a/0", lease_ms: int = 1500) -> prefill_pb2.PrefillRequest:
-    sampling = common_pb2.SamplingParams(
+    sampling = generation_pb2.SamplingParams(
         temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, presence_penalty=0,
         frequency_penalty=0, max_tokens=8, min_tokens=0, seed=1,
     )  # fmt: skip
-    tokens = common_pb2.TokenRequest(
+    tokens = generation_pb2.TokenRequest(
         request_id=name, prompt_token_ids=[1, 2, 3], output_token_ids=[4], sampling=sampling
     )
     return prefill_pb2.PrefillRequest(request=tokens, lease_ms=lease_ms)
@@ -42,7 +42,7 @@ async def test_accepted_then_done_and_the_kv_stays_for_the_sink(world):
     servicer.deliver((TokenOutput("a/0", (9,), kv=report, prefill_done=True, handle=b"h"),))
     done = (await call.read()).done
     assert (list(done.token_ids), done.handle, done.kv.cached_tokens) == ([9], b"h", 2)
-    assert done.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED
+    assert done.finish_reason == generation_pb2.FINISH_REASON_UNSPECIFIED
     assert await call.read() is grpc.aio.EOF
     assert engine.named("cancel") == []
     assert servicer.live == 0
@@ -53,7 +53,7 @@ async def test_a_first_token_that_ends_the_request_frees_the_kv(world):
     call = stub.Prefill(request())
     await call.read()
     servicer.deliver((TokenOutput("a/0", (0,), finish_reason=FinishReason.STOP),))
-    assert (await call.read()).done.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert (await call.read()).done.finish_reason == generation_pb2.FINISH_REASON_STOP
     assert [c[1] for c in await engine.wait_for("cancel")] == ["a/0"]
 
 

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from tandem.common.v1 import common_pb2 as _common_pb2
+from tandem.generation.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -86,7 +86,7 @@ class Start(_message.Message):
     deadline_ms: _builtins.int
     """Milliseconds left to the client's deadline; 0: none."""
     @_builtins.property
-    def request(self) -> _common_pb2.TokenRequest:
+    def request(self) -> _generation_pb2.TokenRequest:
         """Tokens and sampling."""
 
     @_builtins.property
@@ -96,7 +96,7 @@ class Start(_message.Message):
     def __init__(
         self,
         *,
-        request: _common_pb2.TokenRequest | None = ...,
+        request: _generation_pb2.TokenRequest | None = ...,
         source: Global___KvSource | None = ...,
         dp_rank: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
@@ -221,22 +221,22 @@ class RequestOutput(_message.Message):
     KV_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Which request."""
-    finish_reason: _common_pb2.FinishReason.ValueType
+    finish_reason: _generation_pb2.FinishReason.ValueType
     """Set in the last output of the request."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, in order."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]:
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """One for each token if asked for."""
 
     @_builtins.property
-    def error(self) -> _common_pb2.Error:
+    def error(self) -> _generation_pb2.Error:
         """Set with FINISH_REASON_ERROR."""
 
     @_builtins.property
-    def kv(self) -> _common_pb2.KvReport:
+    def kv(self) -> _generation_pb2.KvReport:
         """Set once, when the prompt's KV is complete."""
 
     def __init__(
@@ -244,10 +244,10 @@ class RequestOutput(_message.Message):
         *,
         request_id: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_common_pb2.TokenLogprob] | None = ...,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
-        error: _common_pb2.Error | None = ...,
-        kv: _common_pb2.KvReport | None = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
+        error: _generation_pb2.Error | None = ...,
+        kv: _generation_pb2.KvReport | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from tandem.common.v1 import common_pb2 as _common_pb2
+from tandem.generation.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -121,7 +121,7 @@ class GenerateRequest(_message.Message):
         """Token ids."""
 
     @_builtins.property
-    def sampling(self) -> _common_pb2.SamplingParams:
+    def sampling(self) -> _generation_pb2.SamplingParams:
         """How to choose tokens."""
 
     @_builtins.property
@@ -135,7 +135,7 @@ class GenerateRequest(_message.Message):
         prompt: _builtins.str = ...,
         chat: Global___ChatInput | None = ...,
         tokens: Global___TokenInput | None = ...,
-        sampling: _common_pb2.SamplingParams | None = ...,
+        sampling: _generation_pb2.SamplingParams | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
     ) -> None: ...
@@ -204,7 +204,7 @@ class RouteAttempt(_message.Message):
         """Why these workers, in the coordinator's words."""
 
     @_builtins.property
-    def kv(self) -> _common_pb2.KvReport:
+    def kv(self) -> _generation_pb2.KvReport:
         """What moved from prefill to decode."""
 
     def __init__(
@@ -215,7 +215,7 @@ class RouteAttempt(_message.Message):
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         tokens: _builtins.int = ...,
         failure: _builtins.str = ...,
-        kv: _common_pb2.KvReport | None = ...,
+        kv: _generation_pb2.KvReport | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -280,7 +280,7 @@ class GenerateResponse(_message.Message):
     """The request's id."""
     text: _builtins.str
     """Generated text."""
-    finish_reason: _common_pb2.FinishReason.ValueType
+    finish_reason: _generation_pb2.FinishReason.ValueType
     """Why it ended."""
     model: _builtins.str
     """Model that answered."""
@@ -291,7 +291,7 @@ class GenerateResponse(_message.Message):
         """Generated tokens."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]:
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """One for each token if asked for."""
 
     @_builtins.property
@@ -308,8 +308,8 @@ class GenerateResponse(_message.Message):
         request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_common_pb2.TokenLogprob] | None = ...,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         route: Global___Route | None = ...,
         model: _builtins.str = ...,
@@ -366,7 +366,7 @@ class StreamGenerateResponse(_message.Message):
     """The request's id."""
     text: _builtins.str
     """Text to append; empty while bytes of a character or a possible stop string are held back."""
-    finish_reason: _common_pb2.FinishReason.ValueType
+    finish_reason: _generation_pb2.FinishReason.ValueType
     """Set in the last message."""
     model: _builtins.str
     """Set in the first message: the model that answers."""
@@ -377,7 +377,7 @@ class StreamGenerateResponse(_message.Message):
         """Tokens that came in this piece."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]:
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """One for each token if asked for."""
 
     @_builtins.property
@@ -394,8 +394,8 @@ class StreamGenerateResponse(_message.Message):
         request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_common_pb2.TokenLogprob] | None = ...,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         route: Global___Route | None = ...,
         model: _builtins.str = ...,

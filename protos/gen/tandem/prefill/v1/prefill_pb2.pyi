@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from tandem.common.v1 import common_pb2 as _common_pb2
+from tandem.generation.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,13 +30,13 @@ class PrefillRequest(_message.Message):
     lease_ms: _builtins.int
     """How long the KV is kept for the sink after the first token, milliseconds."""
     @_builtins.property
-    def request(self) -> _common_pb2.TokenRequest:
+    def request(self) -> _generation_pb2.TokenRequest:
         """Tokens and sampling."""
 
     def __init__(
         self,
         *,
-        request: _common_pb2.TokenRequest | None = ...,
+        request: _generation_pb2.TokenRequest | None = ...,
         lease_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
@@ -75,7 +75,7 @@ class PrefillDone(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
-    finish_reason: _common_pb2.FinishReason.ValueType
+    finish_reason: _generation_pb2.FinishReason.ValueType
     """Set if this token already ends the request."""
     handle: _builtins.bytes
     """What decode needs besides the KV; opaque to everyone else."""
@@ -84,21 +84,21 @@ class PrefillDone(_message.Message):
         """The first token (more with speculation)."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]:
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """One for each token if asked for."""
 
     @_builtins.property
-    def kv(self) -> _common_pb2.KvReport:
+    def kv(self) -> _generation_pb2.KvReport:
         """What was cached and what was computed."""
 
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_common_pb2.TokenLogprob] | None = ...,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         handle: _builtins.bytes = ...,
-        kv: _common_pb2.KvReport | None = ...,
+        kv: _generation_pb2.KvReport | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
