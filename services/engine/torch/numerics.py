@@ -3,8 +3,8 @@
 A row of a matrix product should not depend on how many rows are computed with it. Libraries do
 not promise that: they may choose another kernel for few rows. So every weight shape is probed at
 every row count that steps will have (few, by `row_grid`), rows at different places, against one
-reference; the cheapest rule that makes a shape's probes equal is used for it: none, a least number of rows,
-rows in multiples, and at worst tiles of one fixed size. If none does, that is an error.
+reference; the cheapest rule that makes a shape's probes equal is used for it: none, a least number
+of rows, rows in multiples, and at worst tiles of one fixed size. If none does, that is an error.
 """
 
 from __future__ import annotations
