@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from services.runtime import log, process
 from services.runtime.errors import StatusError
-from services.runtime.load import Given, load
+from services.runtime.load import Given, SettingsError, load
 from services.runtime.server import ListenError
 from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
 
@@ -53,7 +53,7 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
     try:
         return process.run(main)
     except Exception as error:
-        if isinstance(error, (ListenError, StatusError)):
+        if isinstance(error, (ListenError, SettingsError, StatusError)):
             raise  # the command says it in its own words
         logging.getLogger(__name__).exception("%s ends because of an unexpected error", name)
         return 1

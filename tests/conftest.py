@@ -6,7 +6,11 @@ import signal
 
 
 def pytest_configure() -> None:
-    # A shell starts background jobs with SIGINT ignored, and processes inherit that: the commands
-    # under test would not hear Ctrl-C.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and processes inherit
+    # that: the commands under test would not hear Ctrl-C or a hang-up.
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)

@@ -13,10 +13,15 @@ _TORCH_MODULES = ("torch", "numba", "safetensors", "gguf")
 def build(model: ModelSettings, engine: EngineSettings, kv: KvSettings, host: str) -> SteppedEngine:
     """The engine that the settings ask for, not started. `host` is the address to listen on.
 
-    Raises SettingsError if what it needs is not installed.
+    Raises SettingsError if what it needs is not installed, or not there yet.
     """
     if engine.kind == "scripted":
         return ScriptedEngine(model, engine, kv, host=host)
+    if engine.device != "cpu":
+        raise SettingsError(
+            f"engine.device: {engine.device!r} is not supported yet; the embedded engine "
+            "computes on 'cpu'"
+        )
     try:
         from services.engine.torch.engine import TorchEngine
     except ModuleNotFoundError as error:

@@ -65,7 +65,7 @@ class EngineSettings(_Section):
     """The embedded engine."""
 
     kind: Literal["torch", "scripted"] = Field("torch", description="Which engine.")
-    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1.")
+    device: str = Field("cpu", description="Device it computes on; today cpu.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights, activations.")
     kv_dtype: Literal["fp8_e4m3", "bfloat16", "float32"] = Field(
         "fp8_e4m3", description="KV blocks; fp8 has one float32 scale a token and head."
@@ -104,7 +104,9 @@ class KvSettings(_Section):
         30.0, description="A source keeps leased blocks this long after it last heard of them."
     )
     fetch_timeout_seconds: Seconds = Field(
-        30.0, description="A fetch that takes longer has failed."
+        300.0,
+        description="A fetch that takes longer has failed. It counts from the request's start, so "
+        "it has to cover the prompt's time in the prefill queue.",
     )
     layers_per_piece: int = Field(
         8, ge=1, description="Layers that are offered, read and checked together."
