@@ -17,6 +17,9 @@ from services.runtime.errors import InvalidRequestError, UnknownModelError
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MAX_STOP_TOKENS = 64
+# Less would push logits out of float32.
+LEAST_REPETITION_PENALTY = 0.001
 MAX_ID_CHARACTERS = 128
 
 _ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
@@ -156,6 +159,12 @@ def check_sampling(
         raise InvalidRequestError("sampling.min_tokens", min_tokens, allowed)
     if asked.logprobs is not None and asked.logprobs > MAX_LOGPROBS:
         raise InvalidRequestError("sampling.logprobs", asked.logprobs, f"0 to {MAX_LOGPROBS}")
+    if len(asked.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequestError(
+            "sampling.stop_token_ids",
+            f"{len(asked.stop_token_ids)} ids",
+            f"at most {MAX_STOP_TOKENS}",
+        )
     _check_vocabulary("sampling.stop_token_ids", asked.stop_token_ids, limits.vocabulary)
     top_k = asked.top_k or 0
     return Sampling(
@@ -164,7 +173,7 @@ def check_sampling(
         top_p=_number("top_p", asked.top_p, 1.0, 0.0, 1.0, above=True),
         min_p=_number("min_p", asked.min_p, 0.0, 0.0, 1.0),
         repetition_penalty=_number(
-            "repetition_penalty", asked.repetition_penalty, 1.0, 0.0, 10.0, above=True
+            "repetition_penalty", asked.repetition_penalty, 1.0, LEAST_REPETITION_PENALTY, 10.0
         ),
         presence_penalty=_number("presence_penalty", asked.presence_penalty, 0.0, -2.0, 2.0),
         frequency_penalty=_number("frequency_penalty", asked.frequency_penalty, 0.0, -2.0, 2.0),

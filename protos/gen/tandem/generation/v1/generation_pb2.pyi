@@ -81,7 +81,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens less probable than this fraction of the most probable one, in [0, 1]. Default 0."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies, where negative) logits of tokens seen in prompt or output, in (0, 10].
+    """Divides (or multiplies, where negative) logits of tokens seen in prompt or output, 0.001 to 10.
     Default 1, which changes nothing.
     """
     presence_penalty: _builtins.float
@@ -102,7 +102,7 @@ class SamplingParams(_message.Message):
     """Go on past the model's end-of-sequence token (for benchmarks)."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Generation ends when one of these is sampled; the token is not part of the text."""
+        """Generation ends when one of these is sampled; the token is not part of the text. At most 64."""
 
     def __init__(
         self,
