@@ -32,6 +32,21 @@ _HEADER = struct.Struct(f"<8sI{NONCE_BYTES}sQ")
 
 
 @dataclass(frozen=True, slots=True)
+class Region:
+    """A run of a segment in one memory: what a transport registers with a device, once."""
+
+    offset: int
+    """Where it begins in the segment, bytes."""
+    address: int
+    """Pointer to its first byte, in the address space of `kind`."""
+    nbytes: int
+    kind: str = "DRAM"
+    """"DRAM" or "VRAM"."""
+    device: int = 0
+    """Ordinal of the GPU; 0 for DRAM."""
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
     """What the first bytes of a segment say."""
 
@@ -59,6 +74,11 @@ class Segment:
         mapped[: _HEADER.size] = _HEADER.pack(_MAGIC, _VERSION, nonce, data_bytes)
         self.data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8, offset=HEADER_BYTES)
         """All data bytes, writable. Its mapping lives as long as anything refers to it."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What a transport registers; together they are the segment, in order."""
+        return (Region(0, self.data.ctypes.data, self.data_bytes),)
 
     def close(self) -> None:
         """Gives the descriptor up: nobody can map the memory any more. Idempotent."""

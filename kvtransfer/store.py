@@ -24,6 +24,7 @@ from kvtransfer.memory import NONCE_BYTES, Segment
 from kvtransfer.news import ChangeLog, StoreEvents
 from kvtransfer.pieces import Piece, PieceGrid
 from kvtransfer.pool import BlockPool
+from kvtransfer.scratch import SCRATCH_BYTES, Scratch, SegmentPlan
 from kvtransfer.watches import Watch, WatchTable, lost
 
 
@@ -47,8 +48,9 @@ class StoreStats:
 class KvStore:
     """`blocks` blocks of one layout. Thread-safe.
 
-    `memory` is uint8 [blocks, layout.block_bytes], the segment itself: the engine writes into it,
-    transports read from it. A block's bytes may be written only by who holds a reference on it,
+    `memory` is uint8 [blocks, layout.block_bytes], in the segment: the engine writes into it,
+    transports read from it. Behind it lie the generations of the blocks, for sinks to read, and
+    `scratch_bytes` of scratch (scratch.py). A block's bytes may be written only by who holds a reference on it,
     and not once it is committed or under a lease.
     """
 
@@ -58,6 +60,7 @@ class KvStore:
         blocks: int,
         *,
         layers_per_piece: int,
+        scratch_bytes: int = SCRATCH_BYTES,
         clock: Callable[[], float] = time.monotonic,
         nonce: bytes | None = None,
     ) -> None:
@@ -67,8 +70,16 @@ class KvStore:
         self.layers_per_piece = layers_per_piece
         # The layout computes these each time.
         self.layer_bytes, self.block_bytes = layout.layer_bytes, layout.block_bytes
-        self.segment = Segment(blocks * self.block_bytes, nonce or secrets.token_bytes(NONCE_BYTES))
-        self.memory: NDArray[np.uint8] = self.segment.data.reshape(blocks, self.block_bytes)
+        plan = SegmentPlan.of(blocks, self.block_bytes, scratch_bytes)
+        self.segment = Segment(plan.nbytes, nonce or secrets.token_bytes(NONCE_BYTES))
+        self.memory: NDArray[np.uint8] = self.segment.data[: blocks * self.block_bytes].reshape(
+            blocks, self.block_bytes
+        )
+        self.generations_offset = plan.generations
+        """Where sinks find the generations of all blocks in the segment, bytes."""
+        self._generations = self.segment.data[plan.generations :][: blocks * 8].view("<u8")
+        self.scratch = Scratch(plan.scratch, plan.nbytes - plan.scratch)
+        """Registered memory for what is on its way and has no block."""
         self._clock = clock
         self._lock = threading.Lock()
         self._pool = BlockPool(blocks)
@@ -96,6 +107,7 @@ class KvStore:
             blocks, removed = self._pool.allocate(count)
             for block in blocks:
                 self._ready[block] = 0
+                self._generations[block] = self._pool.generation(block)
             self._log.note(removed, stored=False)
         if removed:
             self._changed()
@@ -130,6 +142,7 @@ class KvStore:
             removed = self._pool.begin(block, key)
             if unkeyed or self._pool.generation(block) != generation:
                 self._ready[block] = 0
+                self._generations[block] = self._pool.generation(block)
             if removed is not None:
                 self._log.note([removed], stored=False)
         if removed is not None:

@@ -47,7 +47,7 @@ class TransportOffer(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"shm", "tcp"."""
+    """"shm", "tcp", "nixl", "ucx"."""
     @_builtins.property
     def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What the other side needs to judge and use it; keys are the transport's own."""
@@ -84,6 +84,84 @@ class DescribeRequest(_message.Message):
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
+class KvComponent(_message.Message):
+    """One array of a layer: [block_tokens, heads, width] of dtype."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"k", "v", "k_scale", "v_scale", "latent", "latent_scale", "rope"."""
+    dtype: _builtins.str
+    """"fp8_e4m3", "bfloat16", "float32"."""
+    heads: _builtins.int
+    """Heads of this shard; 1 where all heads share the values."""
+    width: _builtins.int
+    """Values a token and head."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        heads: _builtins.int = ...,
+        width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "heads", b"heads", "name", b"name", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvComponent: _TypeAlias = KvComponent  # noqa: Y015
+
+@_typing.final
+class KvLayout(_message.Message):
+    """What the bytes of a block mean (kvtransfer/layout.py)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Whose KV it is."""
+    layers: _builtins.int
+    """Layers in a block."""
+    block_tokens: _builtins.int
+    """Tokens in a block."""
+    shard: _builtins.int
+    """Which tensor-parallel shard."""
+    shards: _builtins.int
+    """Of how many."""
+    @_builtins.property
+    def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvComponent]:
+        """Arrays of a layer, in the order they lie in."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        layers: _builtins.int = ...,
+        block_tokens: _builtins.int = ...,
+        components: _abc.Iterable[Global___KvComponent] | None = ...,
+        shard: _builtins.int = ...,
+        shards: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "components", b"components", "layers", b"layers", "model", b"model", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
+
+@_typing.final
 class DescribeResponse(_message.Message):
     """A source."""
 
@@ -112,8 +190,12 @@ class DescribeResponse(_message.Message):
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELDS_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
     kv_layout: _builtins.str
     """Fingerprint of its layout."""
+    region: _builtins.str
+    """Region label; blocks leave it only as the source's rules allow."""
     @_builtins.property
     def layout_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The layout in words, for error messages: name to value."""
@@ -122,16 +204,22 @@ class DescribeResponse(_message.Message):
     def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]:
         """Best first."""
 
+    @_builtins.property
+    def layout(self) -> Global___KvLayout:
+        """The layout for programs: what a sink with another one converts from."""
+
     def __init__(
         self,
         *,
         kv_layout: _builtins.str = ...,
         layout_fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         offers: _abc.Iterable[Global___TransportOffer] | None = ...,
+        layout: Global___KvLayout | None = ...,
+        region: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "layout_fields", b"layout_fields", "offers", b"offers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "layout", b"layout", "layout_fields", b"layout_fields", "offers", b"offers", "region", b"region"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -169,6 +257,9 @@ class FetchRequest(_message.Message):
     LAYOUT_FIELDS_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
+    HELD_ONLY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
     fetch_id: _builtins.str
     """Unique; names this fetch in logs."""
     lease_id: _builtins.str
@@ -177,6 +268,12 @@ class FetchRequest(_message.Message):
     """
     kv_layout: _builtins.str
     """Fingerprint of the sink's layout; must equal the source's."""
+    held_only: _builtins.bool
+    """Answer only with what is held now: a fetch that would have to wait for a block fails at once."""
+    tenant: _builtins.str
+    """Tenant whose blocks they are; must be the one that they were computed for."""
+    region: _builtins.str
+    """Region of the sink, which the source's rules are checked against."""
     @_builtins.property
     def layout_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The layout in words: a mismatch names the field."""
@@ -198,10 +295,13 @@ class FetchRequest(_message.Message):
         layout_fields: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         keys: _abc.Iterable[_builtins.bytes] | None = ...,
         offers: _abc.Iterable[Global___TransportOffer] | None = ...,
+        held_only: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
+        region: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_id", b"fetch_id", "keys", b"keys", "kv_layout", b"kv_layout", "layout_fields", b"layout_fields", "lease_id", b"lease_id", "offers", b"offers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_id", b"fetch_id", "held_only", b"held_only", "keys", b"keys", "kv_layout", b"kv_layout", "layout_fields", b"layout_fields", "lease_id", b"lease_id", "offers", b"offers", "region", b"region", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,10 +316,16 @@ class FetchOpened(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    GENERATIONS_OFFSET_FIELD_NUMBER: _builtins.int
     why: _builtins.str
     """Why this one, for people."""
     lease_ms: _builtins.int
     """The lease lasts this long after the last message about it, milliseconds."""
+    generations_offset: _builtins.int
+    """Where the generations of all blocks lie in the source's segment, bytes from its start: one
+    little-endian uint64 for each block, in order. Read after the bytes of a piece, an unchanged
+    generation proves that the block's memory was not given to other content meanwhile.
+    """
     @_builtins.property
     def transport(self) -> Global___TransportOffer:
         """The source's end of the transport chosen."""
@@ -230,10 +336,11 @@ class FetchOpened(_message.Message):
         transport: Global___TransportOffer | None = ...,
         why: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
+        generations_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transport", b"transport"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "transport", b"transport", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations_offset", b"generations_offset", "lease_ms", b"lease_ms", "transport", b"transport", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +447,50 @@ class FetchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___FetchResponse: _TypeAlias = FetchResponse  # noqa: Y015
+
+@_typing.final
+class RenewRequest(_message.Message):
+    """Blocks still being read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """Which lease."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewRequest: _TypeAlias = RenewRequest  # noqa: Y015
+
+@_typing.final
+class RenewResponse(_message.Message):
+    """Renewed, or too late."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIVE_FIELD_NUMBER: _builtins.int
+    live: _builtins.bool
+    """The lease is live. False: what was not verified by now may be reused."""
+    def __init__(
+        self,
+        *,
+        live: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live", b"live"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewResponse: _TypeAlias = RenewResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseRequest(_message.Message):

@@ -45,6 +45,11 @@ class KvTransferServiceStub(object):
                 request_serializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
                 response_deserializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/tandem.kvtransfer.v1.KvTransferService/Renew',
+                request_serializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewRequest.SerializeToString,
+                response_deserializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/tandem.kvtransfer.v1.KvTransferService/Release',
                 request_serializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.ReleaseRequest.SerializeToString,
@@ -72,6 +77,14 @@ class KvTransferServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """The sink still reads: the lease's time counts from here again. For reads that outlast the
+        announcements.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """The sink has what it needs. Idempotent: an unknown lease is already released.
         """
@@ -91,6 +104,11 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.FromString,
                     response_serializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewRequest.FromString,
+                    response_serializer=tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -153,6 +171,33 @@ class KvTransferService(object):
             '/tandem.kvtransfer.v1.KvTransferService/Fetch',
             tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchRequest.SerializeToString,
             tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kvtransfer.v1.KvTransferService/Renew',
+            tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewRequest.SerializeToString,
+            tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2.RenewResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -23,6 +23,10 @@ class KvTransferServiceStub:
     the sink reads them over the transport agreed on. Blocks of a prompt that is still being
     computed, or not begun, are waited for within the call's deadline.
     """
+    Renew: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.RenewRequest, _kvtransfer_pb2.RenewResponse]
+    """The sink still reads: the lease's time counts from here again. For reads that outlast the
+    announcements.
+    """
     Release: _aio.UnaryUnaryMultiCallable[_kvtransfer_pb2.ReleaseRequest, _kvtransfer_pb2.ReleaseResponse]
     """The sink has what it needs. Idempotent: an unknown lease is already released."""
 
@@ -46,6 +50,16 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         """Announces pieces of the asked blocks as they become readable, in any order, until all were;
         the sink reads them over the transport agreed on. Blocks of a prompt that is still being
         computed, or not begun, are waited for within the call's deadline.
+        """
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _kvtransfer_pb2.RenewRequest,
+        context: _aio.ServicerContext[_kvtransfer_pb2.RenewRequest, _abc.Awaitable[_kvtransfer_pb2.RenewResponse]],
+    ) -> _abc.Awaitable[_kvtransfer_pb2.RenewResponse]:
+        """The sink still reads: the lease's time counts from here again. For reads that outlast the
+        announcements.
         """
 
     @_abc_1.abstractmethod
