@@ -65,6 +65,25 @@ class BlocksNotHeldError(KvError):
     code = "NOT_FOUND"
 
 
+class WrongTenantError(KvError):
+    """Blocks computed for one tenant were asked for in the name of another."""
+
+    reason = "KV_WRONG_TENANT"
+    code = "PERMISSION_DENIED"
+
+    @classmethod
+    def of(cls, lease_id: str) -> WrongTenantError:
+        """Says no more than who asked knows: not whose they are."""
+        return cls("the blocks asked for are not this tenant's", lease_id=lease_id)
+
+
+class RegionDeniedError(KvError):
+    """Blocks may not go to the region of who asked; the rules are the source's."""
+
+    reason = "KV_REGION_DENIED"
+    code = "PERMISSION_DENIED"
+
+
 class InvalidFetchError(KvError):
     """A fetch asks for something that can't be meant."""
 

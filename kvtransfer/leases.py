@@ -47,6 +47,7 @@ class Lease:
     seconds: float
     touched: float
     complete: bool = False
+    tenant: str = ""
     blocks: dict[bytes, int] = field(default_factory=dict)
 
     @property
@@ -90,15 +91,16 @@ class LeaseTable:
                 counts[block] = counts.get(block, 0) + 1
         return counts
 
-    def open(self, lease_id: str, seconds: float, now: float) -> bool:
+    def open(self, lease_id: str, seconds: float, now: float, tenant: str = "") -> bool:
         """A producer takes charge of a lease. False if it ended already."""
         if lease_id in self._ended:
             return False
         lease = self._live.get(lease_id)
         if lease is None:
-            self._live[lease_id] = Lease(seconds, now)
+            self._live[lease_id] = Lease(seconds, now, tenant=tenant)
         else:
             lease.seconds, lease.touched, lease.complete = seconds, now, False
+            lease.tenant = tenant
         return True
 
     def adopt(
@@ -108,11 +110,14 @@ class LeaseTable:
         blocks: Sequence[int],
         keys: Sequence[bytes],
         now: float,
+        tenant: str = "",
     ) -> bool:
         """A complete lease on finished blocks, for a fetch that found none. False if there was."""
         if self.state(lease_id) is not LeaseState.UNKNOWN:
             return False
-        self._live[lease_id] = Lease(seconds, now, True, dict(zip(keys, blocks, strict=True)))
+        self._live[lease_id] = Lease(
+            seconds, now, True, tenant, dict(zip(keys, blocks, strict=True))
+        )
         return True
 
     def add(

@@ -89,6 +89,14 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         finally:
             self._store.unwatch(watch)
 
+    async def Renew(  # noqa: N802
+        self, request: pb.RenewRequest, context: _Context
+    ) -> pb.RenewResponse:
+        """Touches a lease."""
+        if not request.lease_id:
+            raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
+        return pb.RenewResponse(live=self._store.touch_lease(request.lease_id))
+
     async def Release(  # noqa: N802
         self, request: pb.ReleaseRequest, context: _Context
     ) -> pb.ReleaseResponse:

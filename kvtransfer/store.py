@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from kvtransfer.errors import BlocksNotHeldError, WrongTenantError
 from kvtransfer.layout import KvLayout
 from kvtransfer.leases import LeaseState, LeaseTable
 from kvtransfer.memory import NONCE_BYTES, Segment
@@ -50,8 +52,8 @@ class KvStore:
 
     `memory` is uint8 [blocks, layout.block_bytes], in the segment: the engine writes into it,
     transports read from it. Behind it lie the generations of the blocks, for sinks to read, and
-    `scratch_bytes` of scratch (scratch.py). A block's bytes may be written only by who holds a reference on it,
-    and not once it is committed or under a lease.
+    `scratch_bytes` of scratch (scratch.py). A block's bytes may be written only by who holds a
+    reference on it, and not once it is committed or under a lease.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class KvStore:
         self._leases = LeaseTable()
         self._watches = WatchTable()
         self._ready = [0] * blocks
+        self._tenants = [""] * blocks
         self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
         self._log = ChangeLog()
         self._expired = 0
@@ -132,8 +135,8 @@ class KvStore:
 
     # Content
 
-    def begin(self, block: int, key: bytes) -> None:
-        """The block is going to hold `key`, of a full or a partial block.
+    def begin(self, block: int, key: bytes, tenant: str = "") -> None:
+        """The block is going to hold `key`, of a full or a partial block, computed for `tenant`.
 
         Raises ValueError if it is not held, or if others rely on what it has.
         """
@@ -143,6 +146,7 @@ class KvStore:
             if unkeyed or self._pool.generation(block) != generation:
                 self._ready[block] = 0
                 self._generations[block] = self._pool.generation(block)
+                self._tenants[block] = tenant
             if removed is not None:
                 self._log.note([removed], stored=False)
         if removed is not None:
@@ -190,21 +194,22 @@ class KvStore:
             self._changed()
         return entered
 
-    def seal(self, block: int, key: bytes) -> bool:
+    def seal(self, block: int, key: bytes, tenant: str = "") -> bool:
         """begin, all pieces done, commit: for a block that decoding has filled."""
-        self.begin(block, key)
+        self.begin(block, key, tenant)
         self.piece_done(block, 0, self.layout.layers)
         return self.commit(block)
 
     # Leases
 
-    def open_lease(self, lease_id: str, seconds: float) -> bool:
-        """A prompt was accepted whose blocks will be fetched. False if the lease ended already.
+    def open_lease(self, lease_id: str, seconds: float, tenant: str = "") -> bool:
+        """A prompt of `tenant` was accepted whose blocks will be fetched.
 
-        It does not expire before lease_complete; then `seconds` after it was last touched.
+        False if the lease ended already. It does not expire before lease_complete; then `seconds`
+        after it was last touched.
         """
         with self._lock:
-            return self._leases.open(lease_id, seconds, self._clock())
+            return self._leases.open(lease_id, seconds, self._clock(), tenant)
 
     def lease_add(self, lease_id: str, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """Adds held blocks to an open lease, which takes its own references on them.
@@ -273,17 +278,28 @@ class KvStore:
     # Fetches
 
     def watch(
-        self, lease_id: str, keys: Sequence[bytes], wake: Callable[[], None], adopt_seconds: float
+        self,
+        lease_id: str,
+        keys: Sequence[bytes],
+        wake: Callable[[], None],
+        adopt_seconds: float,
+        *,
+        held_only: bool = False,
+        tenant: str = "",
     ) -> Watch:
         """Begins to serve a fetch: `wake` is called, from any thread, when take() has news.
 
         If nobody opened the lease and all keys are cached, the fetch gets a lease of
-        `adopt_seconds`. Ended by unwatch().
+        `adopt_seconds`. Ended by unwatch(). Raises WrongTenantError, changing nothing, if the
+        lease or a block it would adopt is not of `tenant`; with `held_only` BlocksNotHeldError
+        if a key's block is not here yet.
         """
-        watch = Watch(lease_id, keys, self.grid.count, wake)
+        watch = Watch(lease_id, keys, self.grid.count, wake, tenant)
         with self._lock:
+            if held_only:
+                self._require_held(lease_id, keys)
             if self._leases.state(lease_id) is LeaseState.UNKNOWN:
-                self._adopt(lease_id, keys, adopt_seconds)
+                self._adopt(lease_id, keys, adopt_seconds, tenant)
             self._watches.add(watch)
             self._bind(lease_id)
             why = self._leases.why_ended(lease_id)
@@ -378,18 +394,36 @@ class KvStore:
 
     # All below are called with the lock held.
 
-    def _adopt(self, lease_id: str, keys: Sequence[bytes], seconds: float) -> None:
+    def _require_held(self, lease_id: str, keys: Sequence[bytes]) -> None:
+        lease = self._leases.live(lease_id)
+        held = {} if lease is None else lease.blocks
+        here = list(takewhile(lambda k: k in held or self._pool.find(k) is not None, keys))
+        if len(here) < len(keys):
+            raise BlocksNotHeldError(
+                f"{len(keys) - len(here)} of the {len(keys)} blocks asked for are not held",
+                lease_id=lease_id,
+                missing=len(keys) - len(here),
+                held=len(here),
+            )
+
+    def _adopt(self, lease_id: str, keys: Sequence[bytes], seconds: float, tenant: str) -> None:
         blocks = self._pool.match(keys)
-        if len(blocks) == len(keys):
-            self._leases.adopt(lease_id, seconds, blocks, keys, self._clock())
-        else:
-            self._pool.release(blocks)
+        others = any(self._tenants[block] != tenant for block in blocks)
+        if len(blocks) == len(keys) and not others:
+            self._leases.adopt(lease_id, seconds, blocks, keys, self._clock(), tenant)
+            return
+        self._pool.release(blocks)
+        if others:
+            raise WrongTenantError.of(lease_id)
 
     def _bind(self, lease_id: str) -> None:
         lease = self._leases.live(lease_id)
         if lease is None:
             return
         for watch in self._watches.of(lease_id):
+            if watch.tenant != lease.tenant:  # It came before its lease was opened.
+                watch.failure = WrongTenantError.of(lease_id)
+                continue
             for key in watch.unbound & lease.blocks.keys():
                 block, index = lease.blocks[key], watch.indices[key]
                 done = self._ready[block] if self._pool.key(block) == key else 0

@@ -19,14 +19,21 @@ class Watch:
         "lease_id",
         "ready",
         "remaining",
+        "tenant",
         "unbound",
         "wake",
     )
 
     def __init__(
-        self, lease_id: str, keys: Sequence[bytes], pieces: int, wake: Callable[[], None]
+        self,
+        lease_id: str,
+        keys: Sequence[bytes],
+        pieces: int,
+        wake: Callable[[], None],
+        tenant: str = "",
     ) -> None:
         self.lease_id = lease_id
+        self.tenant = tenant
         self.indices = {key: i for i, key in enumerate(keys)}
         self.unbound = set(keys)
         """Keys whose block the lease does not have yet."""
