@@ -22,9 +22,7 @@ from kvtransfer.report import FetchReport, Progress
 from kvtransfer.sink import Order, SinkFetch
 from kvtransfer.source import KvTransferServicer
 from kvtransfer.store import KvStore
-from kvtransfer.transports.base import Transport
-from kvtransfer.transports.shm import ShmTransport, host_identity
-from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.build import make_transports
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 
@@ -81,13 +79,9 @@ class KvEndpoint:
         self._unusable: dict[str, dict[str, str]] = {}
         self._releasing: set[asyncio.Task[None]] = set()
         self._expiring: asyncio.Task[None] | None = None
-        made: dict[str, Callable[[], Transport]] = {
-            "shm": lambda: ShmTransport(
-                store.segment, self._offload, host_identity() if host_id is None else host_id
-            ),
-            "tcp": lambda: TcpTransport(store.segment, tcp_host, tcp_port),
-        }
-        asked = [made[name]() for name in transports]
+        asked = make_transports(
+            transports, store.segment, self._offload, host=tcp_host, port=tcp_port, host_id=host_id
+        )
         self._not_offered = {t.name: t.why_not() for t in asked if t.why_not()}
         self._transports = [t for t in asked if not t.why_not()]
         self.servicer = KvTransferServicer(
