@@ -12,6 +12,7 @@ class Arrivals:
 
     def __init__(self, layout: KvLayout, count: int) -> None:
         self._total_layers, self._layer_bytes = layout.layers, layout.layer_bytes
+        self._block_bytes = layout.block_bytes
         self._all = (1 << layout.layers) - 1
         self._claimed = [0] * count
         self._layers = [0] * count
@@ -46,6 +47,8 @@ class Arrivals:
         fits = fits and piece.first_layer + piece.layers <= self._total_layers
         if not fits or piece.length != piece.layers * self._layer_bytes:
             raise _impossible(piece, f"in {piece.length} bytes")
+        if piece.offset % self._block_bytes != piece.first_layer * self._layer_bytes:
+            raise _impossible(piece, f"at {piece.offset}")
         mask, claimed = _mask(piece), self._claimed[piece.key_index]
         if mask & claimed:
             if mask & ~claimed:

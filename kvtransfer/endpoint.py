@@ -17,6 +17,8 @@ from kvtransfer.errors import (
     NoTransportError,
     TransportUnusableError,
 )
+from kvtransfer.fetching import Limits
+from kvtransfer.landing import DirectLanding, Landing
 from kvtransfer.offload import Offload
 from kvtransfer.report import FetchReport, Progress
 from kvtransfer.sink import Order, SinkFetch
@@ -42,6 +44,8 @@ class Counters:
     """Blocks given up because their bytes were wrong twice."""
     reread: int = 0
     """Pieces that were read twice because they were wrong the first time."""
+    stale: int = 0
+    """Fetches that found memory given to other content while they read it."""
     lost: int = 0
     """Fetches that lost their source."""
     refused: int = 0
@@ -54,7 +58,9 @@ class KvEndpoint:
     """Serves the store's blocks to others and fetches theirs into it. On one event loop.
 
     `transports` names those to offer, best first: "shm", "tcp". `host_id` names the host for
-    shared memory; by default it is found out. Lease and fetch durations in seconds.
+    shared memory; by default it is found out. Lease and fetch durations in seconds; a read that
+    takes longer than `stall_seconds` is given up, and leases are renewed every `renew_seconds` at
+    most while a fetch goes on. `region` is what this sink says of itself to sources.
     """
 
     def __init__(
@@ -67,12 +73,18 @@ class KvEndpoint:
         host_id: str | None = None,
         lease_seconds: float = 30.0,
         fetch_timeout_seconds: float = 30.0,
+        stall_seconds: float = 15.0,
+        renew_seconds: float = 5.0,
+        region: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._offload = Offload()
         self._lease_seconds = lease_seconds
         self._fetch_seconds = fetch_timeout_seconds
+        self._stall_seconds = stall_seconds
+        self._renew_seconds = renew_seconds
+        self._region = region
         self._clock = clock
         self._counters = Counters()
         self._channels = Channels()
@@ -134,30 +146,69 @@ class KvEndpoint:
         partial_last: bool = True,
         on_progress: Progress | None = None,
         release: bool = True,
+        held_only: bool = False,
+        tenant: str = "",
     ) -> FetchReport:
         """Gets keys[i] from the source at `address` into blocks[i], which the caller holds.
 
-        Every piece is verified before it counts. Full blocks are sealed in the store as they
-        complete; with `partial_last` the last one only has its bytes in place, because it may be
-        a partial block, which is nobody's prefix: say False if it is full. `timeout` in seconds
-        (default: fetch_timeout_seconds). With `release` the source's lease is released at the
-        end, however that comes, without waiting for it.
-
-        When this returns, raises or is cancelled, nothing writes into the blocks any more.
-        Raises KvSourceLostError (`complete` says what arrived), LayoutMismatchError,
-        NoTransportError, InvalidFetchError.
+        Full blocks are sealed in the store as they complete; with `partial_last` the last one only
+        has its bytes in place, because it may be a partial block, which is nobody's prefix: say
+        False if it is full. The rest as fetch_into().
         """
         if len(keys) != len(blocks):
             raise ValueError(f"{len(keys)} keys for {len(blocks)} blocks")
+        landing = DirectLanding(
+            self._store,
+            keys,
+            blocks,
+            partial_last=partial_last,
+            tenant=tenant,
+            on_progress=on_progress,
+        )
+        return await self.fetch_into(
+            address,
+            lease_id,
+            keys,
+            landing,
+            timeout=timeout,
+            release=release,
+            held_only=held_only,
+            tenant=tenant,
+        )
+
+    async def fetch_into(
+        self,
+        address: str,
+        lease_id: str,
+        keys: Sequence[bytes],
+        landing: Landing,
+        *,
+        timeout: float | None = None,
+        release: bool = True,
+        held_only: bool = False,
+        tenant: str = "",
+    ) -> FetchReport:
+        """Gets `keys`, of the landing's layout, from the source at `address` to where it says.
+
+        Every piece is verified before it counts. `timeout` in seconds (default:
+        fetch_timeout_seconds) bounds it as a whole; a source that dies or stalls is noticed
+        sooner (fetching.py). With `held_only` the source does not wait for blocks that are still
+        to be computed. With `release` its lease is released at the end, however that comes,
+        without waiting for it.
+
+        When this returns, raises or is cancelled, nothing writes into the blocks any more.
+        Raises KvSourceLostError (`complete` says what arrived), LayoutMismatchError,
+        WrongTenantError, RegionDeniedError, NoTransportError, InvalidFetchError.
+        """
         order = Order(
-            secrets.token_hex(8), address, lease_id, keys, blocks, partial_last, on_progress
+            secrets.token_hex(8), address, lease_id, keys, held_only, tenant, self._region
         )
         seconds = self._fetch_seconds if timeout is None else timeout
         channel, gone = self._channels.use(address), False
         try:
             if not keys:
                 return _nothing(self._clock())
-            return await self._attempts(channel, order, seconds)
+            return await self._attempts(channel, order, landing, seconds)
         except KvSourceLostError as error:
             gone = error.metadata.get("cause") == grpc.StatusCode.UNAVAILABLE.name
             self._counters.lost += 1
@@ -177,10 +228,11 @@ class KvEndpoint:
         task.add_done_callback(self._releasing.discard)
 
     async def _attempts(
-        self, channel: grpc.aio.Channel, order: Order, seconds: float
+        self, channel: grpc.aio.Channel, order: Order, landing: Landing, seconds: float
     ) -> FetchReport:
         """Fetches by the best transport that really works."""
         deadline = asyncio.get_running_loop().time() + seconds
+        limits = Limits(deadline, self._stall_seconds, self._renew_seconds)
         while True:
             unusable = self._unusable.get(order.address, {})
             usable = [t for t in self._transports if t.name not in unusable]
@@ -189,21 +241,13 @@ class KvEndpoint:
                     f"no transport to {order.address} works: "
                     + "; ".join(f"{name}: {why}" for name, why in unusable.items())
                 )
-            fetch = SinkFetch(self._store, self._offload, order, self._clock)
+            fetch = SinkFetch(self._store, self._offload, order, landing, limits, self._clock)
             try:
-                async with asyncio.timeout_at(deadline):
-                    return await fetch.run(channel, usable, deadline)
+                return await fetch.run(channel, usable)
             except TransportUnusableError as error:
                 self._cross_off(order.address, fetch.transport, error.message)
-            except TimeoutError:
-                raise KvSourceLostError(
-                    f"source {order.address} took longer than {seconds:g} s",
-                    fetch.arrivals.complete,
-                    cause="TIMEOUT",
-                    address=order.address,
-                ) from None
             except KvSourceLostError as error:
-                error.complete = fetch.arrivals.complete
+                error.complete = fetch.core.arrivals.complete
                 raise
             finally:
                 self._count(fetch)
@@ -216,11 +260,12 @@ class KvEndpoint:
         self._unusable.setdefault(address, {})[name] = why
 
     def _count(self, fetch: SinkFetch) -> None:
-        counters = self._counters
-        if fetch.bytes:
-            counters.bytes[fetch.transport] = counters.bytes.get(fetch.transport, 0) + fetch.bytes
-        counters.corrupt += fetch.arrivals.corrupt
-        counters.reread += fetch.corrupt_reads
+        counters, core = self._counters, fetch.core
+        if core.bytes:
+            counters.bytes[fetch.transport] = counters.bytes.get(fetch.transport, 0) + core.bytes
+        counters.corrupt += core.arrivals.corrupt
+        counters.reread += core.corrupt_reads
+        counters.stale += core.stale
 
     async def _release(self, channel: grpc.aio.Channel, address: str, lease_id: str) -> None:
         stub, gone = kvtransfer_pb2_grpc.KvTransferServiceStub(channel), False

@@ -1,130 +1,231 @@
-"""The sink's end of the KV plane: one fetch, from the request to verified blocks in the store.
+"""The sink's end of one fetch: carries out what the core (fetching.py) decides.
 
-Announcements are received all the time, while pieces announced before are read and verified in
-batches: what came together moves together, and what comes one by one moves at once.
+It makes the call, receives what the source announces, reads pieces, checks them, renews the lease,
+and tells the core of each. Reads are checked in the place they were read to: checksum first, and
+the generations of the source's blocks, read after the bytes, say whether the source still meant
+them.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 
 from kvtransfer import wire
-from kvtransfer.arrivals import Arrivals
-from kvtransfer.errors import KvSourceLostError, TransportError, TransportUnusableError
+from kvtransfer.errors import KvError, KvSourceLostError, TransportError, TransportUnusableError
+from kvtransfer.fetching import (
+    Announced,
+    Command,
+    Complete,
+    Ended,
+    Event,
+    FetchCore,
+    Limits,
+    Opened,
+    ReadDone,
+    ReadFailed,
+    Renew,
+    Renewed,
+    Tick,
+)
+from kvtransfer.fetching import Read as ReadCommand
+from kvtransfer.landing import Landing
 from kvtransfer.offload import Offload
 from kvtransfer.pieces import Piece
-from kvtransfer.report import FetchReport, Progress
+from kvtransfer.report import FetchReport
 from kvtransfer.store import KvStore, checksum
-from kvtransfer.transports.base import Offer, Read, Reader, Transport
+from kvtransfer.transports.base import Read, Reader, Transport
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 
-BATCH_BYTES = 16 * 2**20
+if TYPE_CHECKING:
+    # Only the type checker knows the asynchronous kind of stub.
+    _Stub = kvtransfer_pb2_grpc.KvTransferServiceStub
+
+GENERATION_BYTES = 8
+RENEW_TIMEOUT_SECONDS = 5.0
 
 _Call = grpc.aio.UnaryStreamCall[pb.FetchRequest, pb.FetchResponse]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be fetched from where into which blocks of the store."""
+    """What is to be fetched from where, and in whose name."""
 
     fetch_id: str
     address: str
     lease_id: str
     keys: Sequence[bytes]
-    blocks: Sequence[int]
-    partial_last: bool
-    on_progress: Progress | None = None
-
-
-@dataclass(slots=True)
-class _Inbox:
-    """Announcements received and not moved yet."""
-
-    pieces: deque[Piece] = field(default_factory=deque)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: BaseException | None = None
+    held_only: bool = False
+    tenant: str = ""
+    region: str = ""
 
 
 class SinkFetch:
     """One fetch. `run` once."""
 
     def __init__(
-        self, store: KvStore, offload: Offload, order: Order, clock: Callable[[], float]
+        self,
+        store: KvStore,
+        offload: Offload,
+        order: Order,
+        landing: Landing,
+        limits: Limits,
+        clock: Callable[[], float],
     ) -> None:
-        self.arrivals = Arrivals(store.layout, len(order.keys))
+        self._loop = asyncio.get_running_loop()
+        self.core = FetchCore(
+            landing.layout, len(order.keys), order.address, limits, self._loop.time()
+        )
         self.transport = ""
         """Name of the transport, once the source has chosen it."""
-        self.bytes = 0
-        self.corrupt_reads = 0
-        """Pieces that were wrong the first time."""
+        self.why = ""
+        """Why this one, in the source's words."""
         self._store = store
         self._offload = offload
         self._order = order
+        self._landing = landing
+        self._limits = limits
         self._clock = clock
-        self._checksums: dict[int, dict[int, int]] = {}
+        self._events: deque[Event] = deque()
+        self._news = asyncio.Event()
+        self._fault: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader: Reader | None = None
+        self._generations_offset = 0
         self._first_bytes: float | None = None
         self._last_bytes: float | None = None
 
-    async def run(
-        self, channel: grpc.aio.Channel, transports: Sequence[Transport], deadline: float
-    ) -> FetchReport:
-        """Fetches until every block is complete or corrupt; `deadline` by the loop's clock.
+    async def run(self, channel: grpc.aio.Channel, transports: Sequence[Transport]) -> FetchReport:
+        """Fetches until every block is complete or corrupt.
 
         Raises KvErrors: KvSourceLostError, TransportUnusableError (another transport may do), or
         what the source refused it with. However it ends, nothing writes into the blocks later.
         """
         started = self._clock()
-        loop = asyncio.get_running_loop()
-        call = self._call(channel, transports, deadline - loop.time())
+        stub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
+        call = self._call(stub, transports)
         try:
-            opened = await self._opened(call)
-            transport = next((t for t in transports if t.name == opened.ticket.name), None)
-            if transport is None:
-                raise KvSourceLostError("the source chose a transport that was not offered")
-            self.transport = transport.name
-            await self._move_all(call, transport, opened.ticket, deadline)
-        except TransportError as error:
-            if isinstance(error, TransportUnusableError):
-                raise
-            raise KvSourceLostError(
-                f"source {self._order.address}: {error.message}", cause=error.reason
-            ) from error
+            self._spawn(self._receive(call, transports))
+            await self._drive(stub)
         finally:
+            # Reads first: nothing may write to the blocks once this returns or raises, whatever
+            # else is cancelled meanwhile.
+            await self._stop()
             call.cancel()
+        if self.core.error is not None:
+            raise self.core.error
         return FetchReport(
             transport=self.transport,
-            why=opened.why,
-            bytes=self.bytes,
-            complete=self.arrivals.complete,
-            corrupt_blocks=self.arrivals.corrupt,
+            why=self.why,
+            bytes=self.core.bytes,
+            complete=self.core.arrivals.complete,
+            corrupt_blocks=self.core.arrivals.corrupt,
             started=started,
             first_bytes=self._first_bytes,
             ended=self._last_bytes or self._clock(),
         )
 
-    def _call(
-        self, channel: grpc.aio.Channel, transports: Sequence[Transport], seconds: float
-    ) -> _Call:
+    def _call(self, stub: _Stub, transports: Sequence[Transport]) -> _Call:
         order = self._order
-        offers = [t.sink_offer() for t in transports]
         request = wire.wanted_to(
-            order.fetch_id, order.lease_id, self._store.layout, order.keys, offers
+            order.fetch_id,
+            order.lease_id,
+            self._landing.layout,
+            order.keys,
+            [t.sink_offer() for t in transports],
+            held_only=order.held_only,
+            tenant=order.tenant,
+            region=order.region,
         )
-        stub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
-        return stub.Fetch(request, timeout=max(0.0, seconds))
+        return stub.Fetch(request, timeout=max(0.0, self._limits.deadline - self._loop.time()))
 
-    async def _opened(self, call: _Call) -> wire.Opened:
-        message = await self._next(call)
-        opened = None if message is None else wire.opened_from(message)
-        if opened is None:
-            raise KvSourceLostError("the source did not open the fetch as it must")
-        return opened
+    # Events in, commands out
+
+    async def _drive(self, stub: _Stub) -> None:
+        core = self.core
+        while not core.over:
+            event = await self._next_event()
+            for command in core.handle(event, self._loop.time()):
+                self._carry_out(command, stub)
+
+    async def _next_event(self) -> Event:
+        while not self._events:
+            if self._fault is not None:
+                raise self._fault
+            self._news.clear()
+            timer = self._loop.call_at(self.core.timer, self._tell, Tick())
+            try:
+                await self._news.wait()
+            finally:
+                timer.cancel()
+        return self._events.popleft()
+
+    def _tell(self, event: Event) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    def _carry_out(self, command: Command, stub: _Stub) -> None:
+        match command:
+            case ReadCommand(pieces, timeout):
+                self._spawn(self._read(pieces, timeout))
+            case Renew():
+                self._spawn(self._renew(stub))
+            case Complete(index, checksums):
+                self._landing.complete(index, checksums)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fault = error
+            self._news.set()
+
+    async def _stop(self) -> None:
+        """Ends every task of this fetch, whatever cancellations come in meanwhile."""
+        cancelled = False
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        while tasks:
+            try:
+                _, tasks = await asyncio.wait(tasks)
+            except asyncio.CancelledError:
+                cancelled = True
+        if self._reader is not None:
+            await self._reader.close()
+        if cancelled:
+            raise asyncio.CancelledError
+
+    # The call
+
+    async def _receive(self, call: _Call, transports: Sequence[Transport]) -> None:
+        try:
+            await self._open(await self._next(call), transports)
+            while (message := await self._next(call)) is not None:
+                self._tell(Announced(tuple(wire.ready_from(message))))
+            self._tell(Ended())
+        except asyncio.CancelledError:
+            # By our own doing, or because the channel was closed under the call.
+            self._tell(Ended(KvSourceLostError("the call was cancelled")))
+            raise
+        except TransportUnusableError as error:
+            self._tell(Ended(error))
+        except TransportError as error:
+            words = f"source {self._order.address}: {error.message}"
+            self._tell(Ended(KvSourceLostError(words, cause=error.reason)))
+        except KvError as error:
+            self._tell(Ended(error))
 
     async def _next(self, call: _Call) -> pb.FetchResponse | None:
         """The next message, None at the end."""
@@ -134,120 +235,99 @@ class SinkFetch:
             raise wire.error_from(error, self._order.address) from error
         return message if isinstance(message, pb.FetchResponse) else None
 
-    async def _move_all(
-        self, call: _Call, transport: Transport, ticket: Offer, deadline: float
+    async def _open(
+        self, message: pb.FetchResponse | None, transports: Sequence[Transport]
     ) -> None:
-        loop = asyncio.get_running_loop()
-        inbox = _Inbox()
-        receiving = loop.create_task(self._receive(call, inbox))
-        reader: Reader | None = None
+        agreed = None if message is None else wire.opened_from(message)
+        if agreed is None:
+            raise KvSourceLostError("the source did not open the fetch as it must")
+        transport = next((t for t in transports if t.name == agreed.ticket.name), None)
+        if transport is None:
+            raise KvSourceLostError("the source chose a transport that was not offered")
+        self.transport, self.why = transport.name, agreed.why
+        self._generations_offset = agreed.generations_offset
+        left = self._limits.deadline - self._loop.time()
+        timeout = max(0.0, min(left, self._limits.stall_seconds))
+        self._reader = await transport.connect(agreed.ticket, self._order.address, timeout)
+        self._tell(Opened(agreed.lease_seconds))
+
+    async def _renew(self, stub: _Stub) -> None:
+        request = pb.RenewRequest(lease_id=self._order.lease_id)
         try:
-            reader = await transport.connect(ticket, self._order.address, deadline - loop.time())
-            while not self.arrivals.done:
-                batch = await self._batch(inbox)
-                await self._move(reader, batch, deadline)
-        finally:
-            # The reader first: a second cancellation may come at the next await.
-            if reader is not None:
-                await reader.close()
-            receiving.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
+            answer = await stub.Renew(request, timeout=RENEW_TIMEOUT_SECONDS)
+            self._tell(Renewed(answer.live))
+        except grpc.aio.AioRpcError:
+            self._tell(Renewed(None))
 
-    async def _receive(self, call: _Call, inbox: _Inbox) -> None:
+    # Bytes
+
+    async def _read(self, pieces: Sequence[Piece], timeout: float) -> None:
+        reader, until = self._reader, self._loop.time() + timeout
+        assert reader is not None
         try:
-            while (message := await self._next(call)) is not None:
-                inbox.pieces.extend(wire.ready_from(message))
-                inbox.news.set()
-            raise KvSourceLostError("the source ended the fetch before it had announced all")
-        except asyncio.CancelledError:
-            # Here by our own doing, or because the channel was closed under the call.
-            inbox.ended = KvSourceLostError("the call was cancelled")
-            raise
-        except Exception as error:
-            inbox.ended = error
-        finally:
-            inbox.news.set()
-
-    async def _batch(self, inbox: _Inbox) -> list[Piece]:
-        """The next pieces to move, BATCH_BYTES at most unless one is larger."""
-        while not inbox.pieces:
-            if inbox.ended is not None:
-                raise inbox.ended
-            inbox.news.clear()
-            await inbox.news.wait()
-        batch: list[Piece] = []
-        size = 0
-        while inbox.pieces and (not batch or size + inbox.pieces[0].length <= BATCH_BYTES):
-            piece = inbox.pieces.popleft()
-            if self.arrivals.claim(piece):
-                size += piece.length
-                batch.append(piece)
-        return batch
-
-    async def _move(self, reader: Reader, pieces: list[Piece], deadline: float) -> None:
-        """Reads, verifies, reads what was wrong once more, and keeps the books."""
-        wrong = await self._read(reader, pieces, deadline)
-        self.corrupt_reads += len(wrong)
-        if wrong:
-            wrong = await self._read(reader, wrong, deadline)
-        right = [p for p in pieces if p not in wrong] if wrong else pieces
-        for piece in wrong:
-            self.arrivals.failed(piece)
-        if not right:
+            async with self._landing.stage(pieces) as places:
+                reads = [Read(p.offset, at, p.length) for p, at in zip(pieces, places, strict=True)]
+                await reader.read(merged(reads), timeout)
+                verifying = self._loop.create_task(self._verify(pieces, places))
+                try:
+                    stale = await self._stale(reader, pieces, max(0.0, until - self._loop.time()))
+                    wrong = await verifying
+                finally:
+                    verifying.cancel()
+                if not stale:
+                    await self._land(pieces, places, wrong)
+        except TransportError as error:
+            self._tell(ReadFailed(error))
             return
         self._last_bytes = self._clock()
-        if self._first_bytes is None:
+        if self._first_bytes is None and len(wrong) < len(pieces):
             self._first_bytes = self._last_bytes
-        for piece in right:
-            self.bytes += piece.length
-            self._remember(piece)
-            if self.arrivals.verified(piece):
-                self._complete(piece.key_index)
+        self._tell(ReadDone(wrong, stale))
 
-    async def _read(self, reader: Reader, pieces: list[Piece], deadline: float) -> list[Piece]:
-        """Reads pieces into place; returns those whose bytes are not what was announced."""
-        loop = asyncio.get_running_loop()
-        await reader.read(
-            merged([Read(p.offset, self._place(p), p.length) for p in pieces]),
-            max(0.0, deadline - loop.time()),
-        )
+    async def _verify(self, pieces: Sequence[Piece], places: Sequence[int]) -> tuple[Piece, ...]:
+        """Those whose bytes are not what was announced."""
         data = self._store.segment.data
 
-        def verify(stop: Callable[[], bool]) -> list[Piece]:
+        def check(stop: Callable[[], bool]) -> tuple[Piece, ...]:
             wrong = []
-            for piece in pieces:
+            for piece, at in zip(pieces, places, strict=True):
                 if stop():
                     break
-                at = self._place(piece)
                 if checksum(data[at : at + piece.length]) != piece.checksum:
                     wrong.append(piece)
-            return wrong
+            return tuple(wrong)
 
-        return await self._offload.run(verify, sum(p.length for p in pieces))
+        return await self._offload.run(check, sum(p.length for p in pieces))
 
-    def _place(self, piece: Piece) -> int:
-        store, block = self._store, self._order.blocks[piece.key_index]
-        return block * store.block_bytes + piece.first_layer * store.layer_bytes
+    async def _stale(self, reader: Reader, pieces: Sequence[Piece], timeout: float) -> bool:
+        """Whether a block is not the announced one any more, by its generation at the source."""
+        size = self._landing.layout.block_bytes
+        announced = {piece.offset // size: piece.generation for piece in pieces}
+        blocks = sorted(announced)
+        async with self._store.scratch.borrow(GENERATION_BYTES * len(blocks)) as at:
+            reads = [
+                Read(
+                    self._generations_offset + GENERATION_BYTES * block,
+                    at + GENERATION_BYTES * i,
+                    GENERATION_BYTES,
+                )
+                for i, block in enumerate(blocks)
+            ]
+            await reader.read(merged(reads), timeout)
+            raw = self._store.segment.data[at : at + GENERATION_BYTES * len(blocks)]
+            now: list[int] = np.frombuffer(raw, "<u8").tolist()
+        return now != [announced[block] for block in blocks]
 
-    def _remember(self, piece: Piece) -> None:
-        """A verified checksum need not be computed again if both sides cut blocks alike."""
-        index, rest = divmod(piece.first_layer, self._store.grid.per_piece)
-        if not rest and self._store.grid.span(index)[1] == piece.layers:
-            self._checksums.setdefault(piece.key_index, {})[index] = piece.checksum
-
-    def _complete(self, index: int) -> None:
-        order, store = self._order, self._store
-        checksums = self._checksums.pop(index, {})
-        if not (order.partial_last and index == len(order.keys) - 1):
-            block = order.blocks[index]
-            store.begin(block, order.keys[index])
-            if len(checksums) == store.grid.count:
-                store.pieces_verified(block, checksums.keys(), checksums.values())
-            else:
-                store.piece_done(block, 0, store.layout.layers)
-            store.commit(block)
-        if order.on_progress is not None:
-            order.on_progress(index)
+    async def _land(
+        self, pieces: Sequence[Piece], places: Sequence[int], wrong: Sequence[Piece]
+    ) -> None:
+        if not self._landing.converts:
+            return
+        good = [(p, at) for p, at in zip(pieces, places, strict=True) if p not in wrong]
+        await self._offload.run(
+            lambda stop: self._landing.land([p for p, _ in good], [at for _, at in good]),
+            sum(p.length for p, _ in good),
+        )
 
 
 def merged(reads: Sequence[Read]) -> list[Read]:

@@ -65,18 +65,20 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         Raises InvalidFetchError, LayoutMismatchError, NoTransportError, LeaseLostError,
         BlocksNotHeldError. When the deadline passes, gRPC cancels it like any call.
         """
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             wanted, opened = self._open(request, context)
+            watch = self._store.watch(
+                wanted.lease_id,
+                wanted.keys,
+                lambda: _wake(loop, news),
+                self._lease_seconds,
+                held_only=wanted.held_only,
+                tenant=wanted.tenant,
+            )
         except KvError:
             self.refused += 1
             raise
-        news, loop = asyncio.Event(), asyncio.get_running_loop()
-        watch = self._store.watch(
-            wanted.lease_id,
-            wanted.keys,
-            lambda: _wake(loop, news),
-            self._lease_seconds,
-        )
         try:
             yield opened
             while watch.remaining:
@@ -127,7 +129,10 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         )
         log.debug("fetch %s of lease %s: %s", wanted.fetch_id, wanted.lease_id, choice.why)
         ticket = self._transports[choice.name].ticket()
-        return wanted, wire.opened_to(ticket, choice.why, self._lease_seconds)
+        agreement = wire.Agreement(
+            ticket, choice.why, self._lease_seconds, self._store.generations_offset
+        )
+        return wanted, wire.opened_to(agreement)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:

@@ -253,9 +253,10 @@ class KvStore:
         return blocks is not None
 
     def touch_lease(self, lease_id: str) -> bool:
-        """The sink was heard of; False if the lease is not live."""
+        """The sink was heard of; False if the lease ended. One not yet opened may come."""
         with self._lock:
-            return self._leases.touch(lease_id, self._clock())
+            self._leases.touch(lease_id, self._clock())
+            return self._leases.state(lease_id) is not LeaseState.ENDED
 
     def lease_state(self, lease_id: str) -> LeaseState:
         """Where the lease is in its life."""
@@ -446,7 +447,7 @@ class KvStore:
             layers=layers,
             offset=block * self.block_bytes + first * self.layer_bytes,
             length=layers * self.layer_bytes,
-            generation=self._pool.generation(block) & 0xFFFFFFFF,
+            generation=self._pool.generation(block),
             checksum=int(self._checksums[block, index]),
         )
 

@@ -17,6 +17,8 @@ from kvtransfer.errors import (
     LayoutMismatchError,
     LeaseLostError,
     NoTransportError,
+    RegionDeniedError,
+    WrongTenantError,
 )
 from kvtransfer.keys import KEY_BYTES
 from kvtransfer.layout import KvLayout
@@ -35,15 +37,19 @@ class Wanted:
     layout_fields: Mapping[str, str]
     keys: tuple[bytes, ...]
     offers: tuple[Offer, ...]
+    held_only: bool = False
+    tenant: str = ""
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Agreement:
     """A fetch as its source agreed to it."""
 
     ticket: Offer
     why: str
     lease_seconds: float
+    generations_offset: int
 
 
 def offer_to(offer: Offer) -> pb.TransportOffer:
@@ -57,7 +63,15 @@ def offer_from(message: pb.TransportOffer) -> Offer:
 
 
 def wanted_to(
-    fetch_id: str, lease_id: str, layout: KvLayout, keys: Sequence[bytes], offers: Iterable[Offer]
+    fetch_id: str,
+    lease_id: str,
+    layout: KvLayout,
+    keys: Sequence[bytes],
+    offers: Iterable[Offer],
+    *,
+    held_only: bool = False,
+    tenant: str = "",
+    region: str = "",
 ) -> pb.FetchRequest:
     """A sink's request."""
     return pb.FetchRequest(
@@ -67,6 +81,9 @@ def wanted_to(
         layout_fields=layout.fields(),
         keys=keys,
         offers=[offer_to(o) for o in offers],
+        held_only=held_only,
+        tenant=tenant,
+        region=region,
     )
 
 
@@ -88,24 +105,32 @@ def wanted_from(message: pb.FetchRequest) -> Wanted:
         dict(message.layout_fields),
         keys,
         tuple(offer_from(o) for o in message.offers),
+        message.held_only,
+        message.tenant,
+        message.region,
     )
 
 
-def opened_to(ticket: Offer, why: str, lease_seconds: float) -> pb.FetchResponse:
+def opened_to(agreement: Agreement) -> pb.FetchResponse:
     """A source's first answer."""
     return pb.FetchResponse(
         opened=pb.FetchOpened(
-            transport=offer_to(ticket), why=why, lease_ms=round(lease_seconds * 1000)
+            transport=offer_to(agreement.ticket),
+            why=agreement.why,
+            lease_ms=round(agreement.lease_seconds * 1000),
+            generations_offset=agreement.generations_offset,
         )
     )
 
 
-def opened_from(message: pb.FetchResponse) -> Opened | None:
+def opened_from(message: pb.FetchResponse) -> Agreement | None:
     """The source's first answer, None if this is another."""
     if message.WhichOneof("message") != "opened":
         return None
     opened = message.opened
-    return Opened(offer_from(opened.transport), opened.why, opened.lease_ms / 1000)
+    return Agreement(
+        offer_from(opened.transport), opened.why, opened.lease_ms / 1000, opened.generations_offset
+    )
 
 
 def ready_to(pieces: Iterable[Piece]) -> pb.FetchResponse:
@@ -145,7 +170,14 @@ def ready_from(message: pb.FetchResponse) -> list[Piece]:
 
 
 _AS_THEY_ARE: dict[str, type[KvError]] = {
-    kind.reason: kind for kind in (LayoutMismatchError, NoTransportError, InvalidFetchError)
+    kind.reason: kind
+    for kind in (
+        LayoutMismatchError,
+        NoTransportError,
+        InvalidFetchError,
+        WrongTenantError,
+        RegionDeniedError,
+    )
 }
 _SOURCE_LOST = {kind.reason for kind in (LeaseLostError, BlocksNotHeldError)}
 

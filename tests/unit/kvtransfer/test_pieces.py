@@ -20,7 +20,7 @@ def piece(index: int, first: int, layers: int, **changes) -> Piece:
         "key_index": index,
         "first_layer": first,
         "layers": layers,
-        "offset": 0,
+        "offset": first * SIZE,
         "length": layers * SIZE,
         "generation": 1,
         "checksum": 0,
@@ -93,6 +93,9 @@ def test_a_corrupt_block_stays_so_and_ends_the_wait():
         piece(0, 0, 0),
         piece(0, 0, 2, length=SIZE),
         piece(0, 0, 2, length=0),
+        piece(0, 0, 2, offset=1),
+        piece(0, 2, 2, offset=0),
+        piece(0, 2, 2, offset=LAYOUT.block_bytes),
     ],
 )
 def test_pieces_that_can_not_be_are_errors(wrong):

@@ -25,6 +25,7 @@ class Script(kvtransfer_pb2_grpc.KvTransferServiceServicer):
 
     def __init__(self, endpoint: KvEndpoint) -> None:
         self.ticket = endpoint._transports[0].ticket()
+        self.generations_offset = endpoint._store.generations_offset
         self.messages: list[pb.FetchResponse] = []
         self.silent = False
         self.released: asyncio.Queue[str] = asyncio.Queue()
@@ -37,6 +38,9 @@ class Script(kvtransfer_pb2_grpc.KvTransferServiceServicer):
             yield message
         if self.silent:
             await asyncio.Event().wait()
+
+    async def Renew(self, request, context):  # noqa: N802
+        return pb.RenewResponse(live=True)
 
     async def Release(self, request, context):  # noqa: N802
         self.released.put_nowait(request.lease_id)
@@ -66,7 +70,8 @@ async def ends(request):
 
 def opened(script: Script, **changes) -> pb.FetchResponse:
     attributes = {**script.ticket.attributes, **changes}
-    return wire.opened_to(Offer(script.ticket.name, attributes), "why", 30)
+    ticket = Offer(script.ticket.name, attributes)
+    return wire.opened_to(wire.Agreement(ticket, "why", 30, script.generations_offset))
 
 
 def piece(store: KvStore, index: int, block: int, **changes) -> Piece:
@@ -78,7 +83,7 @@ def piece(store: KvStore, index: int, block: int, **changes) -> Piece:
         "layers": 4,
         "offset": block * size,
         "length": size,
-        "generation": 1,
+        "generation": 0,
         "checksum": checksum(store.segment.data[block * size : (block + 1) * size]),
     }
     return Piece(**{**fields, **changes})
@@ -161,7 +166,7 @@ async def test_not_opened(ends):
 
 async def test_transport_nobody_offered(ends):
     _, _, script, _, _ = ends
-    script.messages = [wire.opened_to(Offer("pigeon", {}), "why", 30)]
+    script.messages = [wire.opened_to(wire.Agreement(Offer("pigeon", {}), "why", 30, 0))]
     with pytest.raises(KvSourceLostError, match="not offered"):
         await fetch(ends)
 
