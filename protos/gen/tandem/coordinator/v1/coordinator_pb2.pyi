@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tandem.generation.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -49,6 +50,26 @@ class WorkerInfo(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class KvNotOfferedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
@@ -63,6 +84,9 @@ class WorkerInfo(_message.Message):
     NUMERICS_FIELD_NUMBER: _builtins.int
     DP_RANKS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    EXPORT_RULES_FIELD_NUMBER: _builtins.int
+    KV_TRANSPORTS_FIELD_NUMBER: _builtins.int
+    KV_NOT_OFFERED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to this process: its name, a dash, a random suffix."""
     role: Global___WorkerRole.ValueType
@@ -84,13 +108,25 @@ class WorkerInfo(_message.Message):
     host: _builtins.str
     """Machine it runs on; equal on the same host."""
     region: _builtins.str
-    """Region label, for placement."""
+    """Region label, for placement and for where KV may go."""
     numerics: _builtins.str
     """Digest of the engine's numerics: workers with equal ones compute equal bits."""
     dp_ranks: _builtins.int
     """Data-parallel attention ranks, at least 1."""
     pid: _builtins.int
     """Operating system process id, for `tandem status` on one host."""
+    @_builtins.property
+    def export_rules(self) -> Global___ExportRules:
+        """Where its KV blocks may go; absent: anywhere."""
+
+    @_builtins.property
+    def kv_transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """KV transports that it offers, best first."""
+
+    @_builtins.property
+    def kv_not_offered(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """KV transports that it was told to offer and can't: name to why not."""
+
     def __init__(
         self,
         *,
@@ -108,14 +144,168 @@ class WorkerInfo(_message.Message):
         numerics: _builtins.str = ...,
         dp_ranks: _builtins.int = ...,
         pid: _builtins.int = ...,
+        export_rules: Global___ExportRules | None = ...,
+        kv_transports: _abc.Iterable[_builtins.str] | None = ...,
+        kv_not_offered: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["export_rules", b"export_rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "dp_ranks", b"dp_ranks", "host", b"host", "kv_layout", b"kv_layout", "max_running", b"max_running", "model", b"model", "numerics", b"numerics", "pid", b"pid", "region", b"region", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "dp_ranks", b"dp_ranks", "export_rules", b"export_rules", "host", b"host", "kv_layout", b"kv_layout", "kv_not_offered", b"kv_not_offered", "kv_transports", b"kv_transports", "max_running", b"max_running", "model", b"model", "numerics", b"numerics", "pid", b"pid", "region", b"region", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class Regions(_message.Message):
+    """Regions, by label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In no order."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Regions: _TypeAlias = Regions  # noqa: Y015
+
+@_typing.final
+class ExportRules(_message.Message):
+    """Where a worker's KV blocks may go (kvtransfer/policy.py). The worker enforces it; placements that
+    it would refuse are not made.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TenantRegionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Regions: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Regions | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REGIONS_FIELD_NUMBER: _builtins.int
+    TENANT_REGIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def regions(self) -> Global___Regions:
+        """Regions that blocks may go to."""
+
+    @_builtins.property
+    def tenant_regions(self) -> _containers.MessageMap[_builtins.str, Global___Regions]:
+        """Regions that a tenant's blocks may go to instead, by tenant."""
+
+    def __init__(
+        self,
+        *,
+        regions: Global___Regions | None = ...,
+        tenant_regions: _abc.Mapping[_builtins.str, Global___Regions] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["regions", b"regions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["regions", b"regions", "tenant_regions", b"tenant_regions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRules: _TypeAlias = ExportRules  # noqa: Y015
+
+@_typing.final
+class KvTraffic(_message.Message):
+    """KV fetched since start, over one transport or from one peer over it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    FETCHES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    EXPOSED_SECONDS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
+    REREAD_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """"shm", "tcp", ...; empty for fetches that ended before one was agreed on."""
+    peer: _builtins.str
+    """host:port of the source; empty in a sum over all peers."""
+    fetches: _builtins.int
+    """Fetches that ended, however they did."""
+    bytes: _builtins.int
+    """Bytes verified and in place."""
+    blocks: _builtins.int
+    """Blocks whole and verified."""
+    seconds: _builtins.float
+    """Seconds from asking to the last byte verified."""
+    exposed_seconds: _builtins.float
+    """Of them, seconds that a request waited for nothing else."""
+    refused: _builtins.int
+    """Fetches that the source turned down."""
+    corrupt: _builtins.int
+    """Blocks given up because their bytes were wrong twice."""
+    reread: _builtins.int
+    """Pieces read twice because they were wrong the first time."""
+    stale: _builtins.int
+    """Fetches given up because the source gave a block's memory to other content meanwhile."""
+    expired: _builtins.int
+    """Fetches whose lease had ended at the source."""
+    lost: _builtins.int
+    """Fetches that lost their source in another way."""
+    why: _builtins.str
+    """Why this transport was chosen the last time, in the source's words."""
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        fetches: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        exposed_seconds: _builtins.float = ...,
+        refused: _builtins.int = ...,
+        corrupt: _builtins.int = ...,
+        reread: _builtins.int = ...,
+        stale: _builtins.int = ...,
+        expired: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "corrupt", b"corrupt", "expired", b"expired", "exposed_seconds", b"exposed_seconds", "fetches", b"fetches", "lost", b"lost", "peer", b"peer", "refused", b"refused", "reread", b"reread", "seconds", b"seconds", "stale", b"stale", "transport", b"transport", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvTraffic: _TypeAlias = KvTraffic  # noqa: Y015
 
 @_typing.final
 class WorkerStats(_message.Message):
@@ -156,6 +346,9 @@ class WorkerStats(_message.Message):
     PREEMPTED_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    KV_TRAFFIC_FIELD_NUMBER: _builtins.int
+    KV_REFUSED_FIELD_NUMBER: _builtins.int
+    LEASES_EXPIRED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests in the batch."""
     waiting: _builtins.int
@@ -180,9 +373,17 @@ class WorkerStats(_message.Message):
     """Requests preempted since start."""
     leases: _builtins.int
     """Leases live at the source now."""
+    kv_refused: _builtins.int
+    """Fetches of others turned down since start."""
+    leases_expired: _builtins.int
+    """Leases that ran out since start."""
     @_builtins.property
     def kv_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """KV bytes fetched since start, by transport."""
+
+    @_builtins.property
+    def kv_traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvTraffic]:
+        """What was fetched here: a sum for each transport, then the peers that most came from."""
 
     def __init__(
         self,
@@ -200,10 +401,13 @@ class WorkerStats(_message.Message):
         preempted: _builtins.int = ...,
         kv_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         leases: _builtins.int = ...,
+        kv_traffic: _abc.Iterable[Global___KvTraffic] | None = ...,
+        kv_refused: _builtins.int = ...,
+        leases_expired: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "leases", b"leases", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,6 +656,7 @@ class PlaceRequest(_message.Message):
     EXCLUDE_WORKERS_FIELD_NUMBER: _builtins.int
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     attempt: _builtins.int
@@ -466,6 +671,8 @@ class PlaceRequest(_message.Message):
     """Frontend that asks."""
     kv_layout: _builtins.str
     """Fingerprint of the KV layout that block_keys were salted with."""
+    tenant: _builtins.str
+    """Tenant whose request it is."""
     @_builtins.property
     def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys of the full blocks of the prompt (and of tokens generated so far), in order."""
@@ -486,10 +693,11 @@ class PlaceRequest(_message.Message):
         exclude_workers: _abc.Iterable[_builtins.str] | None = ...,
         frontend_id: _builtins.str = ...,
         kv_layout: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "kv_layout", b"kv_layout", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "kv_layout", b"kv_layout", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -539,6 +747,7 @@ class PlaceResponse(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     queued_seconds: _builtins.float
     """Seconds spent in the admission queue."""
     @_builtins.property
@@ -553,6 +762,12 @@ class PlaceResponse(_message.Message):
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why, one short sentence each."""
 
+    @_builtins.property
+    def prefix(self) -> _generation_pb2.KvPrefix:
+        """Another worker that holds more of the prompt than the one that is to compute it, and whose
+        KV is as good there. Absent: none does.
+        """
+
     def __init__(
         self,
         *,
@@ -560,10 +775,11 @@ class PlaceResponse(_message.Message):
         decode: Global___PlacedWorker | None = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         queued_seconds: _builtins.float = ...,
+        prefix: _generation_pb2.KvPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "prefix", b"prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "queued_seconds", b"queued_seconds", "reasons", b"reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "prefix", b"prefix", "queued_seconds", b"queued_seconds", "reasons", b"reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.generation.v1 import generation_pb2 as tandem_dot_generation_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/decode/v1/decode.proto\x12\x10tandem.decode.v1\x1a%tandem/generation/v1/generation.proto\"\x1b\n\x04Open\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\"@\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\"\x8e\x01\n\x05Start\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.tandem.decode.v1.KvSource\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\r\"@\n\x07Proceed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xc6\x01\n\rDecodeRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.tandem.decode.v1.OpenH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.tandem.decode.v1.StartH\x00\x12,\n\x07proceed\x18\x03 \x01(\x0b\x32\x19.tandem.decode.v1.ProceedH\x00\x12*\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x18.tandem.decode.v1.CancelH\x00\x42\t\n\x07message\"\xff\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"B\n\x0e\x44\x65\x63odeResponse\x12\x30\n\x07outputs\x18\x01 \x03(\x0b\x32\x1f.tandem.decode.v1.RequestOutput2`\n\rDecodeService\x12O\n\x06\x44\x65\x63ode\x12\x1f.tandem.decode.v1.DecodeRequest\x1a .tandem.decode.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/decode/v1/decode.proto\x12\x10tandem.decode.v1\x1a%tandem/generation/v1/generation.proto\"\x1b\n\x04Open\x12\x13\n\x0b\x66rontend_id\x18\x01 \x01(\t\"@\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\"\xbe\x01\n\x05Start\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.tandem.decode.v1.KvSource\x12\x0f\n\x07\x64p_rank\x18\x03 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\r\x12.\n\x06prefix\x18\x05 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefix\"@\n\x07Proceed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xc6\x01\n\rDecodeRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.tandem.decode.v1.OpenH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.tandem.decode.v1.StartH\x00\x12,\n\x07proceed\x18\x03 \x01(\x0b\x32\x19.tandem.decode.v1.ProceedH\x00\x12*\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x18.tandem.decode.v1.CancelH\x00\x42\t\n\x07message\"\xff\x01\n\rRequestOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"B\n\x0e\x44\x65\x63odeResponse\x12\x30\n\x07outputs\x18\x01 \x03(\x0b\x32\x1f.tandem.decode.v1.RequestOutput2`\n\rDecodeService\x12O\n\x06\x44\x65\x63ode\x12\x1f.tandem.decode.v1.DecodeRequest\x1a .tandem.decode.v1.DecodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVSOURCE']._serialized_start=119
   _globals['_KVSOURCE']._serialized_end=183
   _globals['_START']._serialized_start=186
-  _globals['_START']._serialized_end=328
-  _globals['_PROCEED']._serialized_start=330
-  _globals['_PROCEED']._serialized_end=394
-  _globals['_CANCEL']._serialized_start=396
-  _globals['_CANCEL']._serialized_end=424
-  _globals['_DECODEREQUEST']._serialized_start=427
-  _globals['_DECODEREQUEST']._serialized_end=625
-  _globals['_REQUESTOUTPUT']._serialized_start=628
-  _globals['_REQUESTOUTPUT']._serialized_end=883
-  _globals['_DECODERESPONSE']._serialized_start=885
-  _globals['_DECODERESPONSE']._serialized_end=951
-  _globals['_DECODESERVICE']._serialized_start=953
-  _globals['_DECODESERVICE']._serialized_end=1049
+  _globals['_START']._serialized_end=376
+  _globals['_PROCEED']._serialized_start=378
+  _globals['_PROCEED']._serialized_end=442
+  _globals['_CANCEL']._serialized_start=444
+  _globals['_CANCEL']._serialized_end=472
+  _globals['_DECODEREQUEST']._serialized_start=475
+  _globals['_DECODEREQUEST']._serialized_end=673
+  _globals['_REQUESTOUTPUT']._serialized_start=676
+  _globals['_REQUESTOUTPUT']._serialized_end=931
+  _globals['_DECODERESPONSE']._serialized_start=933
+  _globals['_DECODERESPONSE']._serialized_end=999
+  _globals['_DECODESERVICE']._serialized_start=1001
+  _globals['_DECODESERVICE']._serialized_end=1097
 # @@protoc_insertion_point(module_scope)

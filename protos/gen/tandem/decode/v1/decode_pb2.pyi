@@ -81,6 +81,7 @@ class Start(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     DP_RANK_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     dp_rank: _builtins.int
     """Data-parallel rank to run on."""
     deadline_ms: _builtins.int
@@ -93,6 +94,12 @@ class Start(_message.Message):
     def source(self) -> Global___KvSource:
         """Absent: compute the prompt here."""
 
+    @_builtins.property
+    def prefix(self) -> _generation_pb2.KvPrefix:
+        """Without a source: a worker that holds more of the prompt than this one is thought to. Taking it
+        from there is this worker's decision, by what it has measured.
+        """
+
     def __init__(
         self,
         *,
@@ -100,10 +107,11 @@ class Start(_message.Message):
         source: Global___KvSource | None = ...,
         dp_rank: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
+        prefix: _generation_pb2.KvPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "request", b"request", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dp_rank", b"dp_rank", "request", b"request", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "dp_rank", b"dp_rank", "prefix", b"prefix", "request", b"request", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

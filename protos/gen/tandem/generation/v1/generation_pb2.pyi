@@ -344,6 +344,9 @@ class KvReport(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     CORRUPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
     """Transport the blocks came over ("shm", "tcp"); empty if none were fetched."""
     bytes: _builtins.int
@@ -360,6 +363,16 @@ class KvReport(_message.Message):
     """Prompt tokens whose KV this worker computed."""
     corrupt_blocks: _builtins.int
     """Blocks that arrived corrupt and were not used."""
+    lost: _builtins.str
+    """Reason code and words of a fetch that did not bring all that it was for: what was missing was
+    computed here, or the attempt ended. Empty: no such fetch.
+    """
+    why: _builtins.str
+    """Why this transport, in the source's words."""
+    @_builtins.property
+    def prefix(self) -> Global___PrefixReport:
+        """Set if a worker was named that holds more of the prompt than this one did."""
+
     def __init__(
         self,
         *,
@@ -371,11 +384,86 @@ class KvReport(_message.Message):
         cached_tokens: _builtins.int = ...,
         computed_tokens: _builtins.int = ...,
         corrupt_blocks: _builtins.int = ...,
+        lost: _builtins.str = ...,
+        why: _builtins.str = ...,
+        prefix: Global___PrefixReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "corrupt_blocks", b"corrupt_blocks", "exposed_seconds", b"exposed_seconds", "seconds", b"seconds", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "bytes", b"bytes", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "corrupt_blocks", b"corrupt_blocks", "exposed_seconds", b"exposed_seconds", "lost", b"lost", "prefix", b"prefix", "seconds", b"seconds", "transport", b"transport", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvReport: _TypeAlias = KvReport  # noqa: Y015
+
+@_typing.final
+class KvPrefix(_message.Message):
+    """A worker that holds the KV of a prompt's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    address: _builtins.str
+    """host:port of its KvTransferService."""
+    tokens: _builtins.int
+    """Tokens of the prompt that it is thought to hold."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "tokens", b"tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPrefix: _TypeAlias = KvPrefix  # noqa: Y015
+
+@_typing.final
+class PrefixReport(_message.Message):
+    """What a worker did about a prefix that another one holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FETCH_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Worker that holds it."""
+    tokens: _builtins.int
+    """Prompt tokens whose KV came from there; 0 if none did."""
+    fetch_seconds: _builtins.float
+    """Seconds that fetching was predicted to take."""
+    compute_seconds: _builtins.float
+    """Seconds that computing the same tokens was predicted to take."""
+    seconds: _builtins.float
+    """Seconds that the fetch took; 0 if there was none."""
+    reason: _builtins.str
+    """What was decided, why, and what came of it."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        fetch_seconds: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "fetch_seconds", b"fetch_seconds", "reason", b"reason", "seconds", b"seconds", "tokens", b"tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixReport: _TypeAlias = PrefixReport  # noqa: Y015

@@ -191,6 +191,7 @@ class RouteAttempt(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    PREFILL_KV_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """Worker that ran the prompt; empty if the decode worker did it itself."""
     decode_worker: _builtins.str
@@ -205,7 +206,11 @@ class RouteAttempt(_message.Message):
 
     @_builtins.property
     def kv(self) -> _generation_pb2.KvReport:
-        """What moved from prefill to decode."""
+        """What the decode worker did about the prompt's KV: what moved from prefill to it."""
+
+    @_builtins.property
+    def prefill_kv(self) -> _generation_pb2.KvReport:
+        """What the prefill worker did about it."""
 
     def __init__(
         self,
@@ -216,10 +221,11 @@ class RouteAttempt(_message.Message):
         tokens: _builtins.int = ...,
         failure: _builtins.str = ...,
         kv: _generation_pb2.KvReport | None = ...,
+        prefill_kv: _generation_pb2.KvReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "prefill_kv", b"prefill_kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "failure", b"failure", "kv", b"kv", "prefill_worker", b"prefill_worker", "reasons", b"reasons", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_worker", b"decode_worker", "failure", b"failure", "kv", b"kv", "prefill_kv", b"prefill_kv", "prefill_worker", b"prefill_worker", "reasons", b"reasons", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

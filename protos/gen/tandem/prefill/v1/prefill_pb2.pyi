@@ -27,21 +27,29 @@ class PrefillRequest(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
     """How long the KV is kept for the sink after the first token, milliseconds."""
     @_builtins.property
     def request(self) -> _generation_pb2.TokenRequest:
         """Tokens and sampling."""
 
+    @_builtins.property
+    def prefix(self) -> _generation_pb2.KvPrefix:
+        """A worker that holds more of the prompt than this one is thought to. Taking it from there is this
+        worker's decision, by what it has measured.
+        """
+
     def __init__(
         self,
         *,
         request: _generation_pb2.TokenRequest | None = ...,
         lease_ms: _builtins.int = ...,
+        prefix: _generation_pb2.KvPrefix | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "prefix", b"prefix", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -89,7 +97,7 @@ class PrefillDone(_message.Message):
 
     @_builtins.property
     def kv(self) -> _generation_pb2.KvReport:
-        """What was cached and what was computed."""
+        """What was cached, fetched and computed."""
 
     def __init__(
         self,
