@@ -13,6 +13,7 @@ import grpc
 from kvtransfer import wire
 from kvtransfer.errors import InvalidFetchError, KvError, LayoutMismatchError
 from kvtransfer.negotiate import choose
+from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
 from kvtransfer.transports.base import Transport
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
@@ -28,7 +29,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
     """Raises KvErrors, which the server it is added to maps to statuses.
 
-    `transports` are those offered, best first; `not_offered` says of others why they can't be.
+    `transports` are those offered, best first; `not_offered` says of others why they can't be;
+    `policy` says where blocks may go.
     Runs on one event loop; the engine's thread talks to the store, never to this.
     """
 
@@ -38,6 +40,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         transports: Sequence[Transport],
         not_offered: Mapping[str, str],
         lease_seconds: float,
+        policy: ExportPolicy,
     ) -> None:
         self.refused = 0
         """Fetches turned down before they began."""
@@ -45,6 +48,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         self._transports = {t.name: t for t in transports}
         self._not_offered = not_offered
         self._lease_seconds = lease_seconds
+        self._policy = policy
 
     async def Describe(  # noqa: N802
         self, request: pb.DescribeRequest, context: _Context
@@ -55,6 +59,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
             kv_layout=layout.fingerprint,
             layout_fields=layout.fields(),
             offers=[wire.offer_to(t.source_offer()) for t in self._transports.values()],
+            layout=wire.layout_to(layout),
         )
 
     async def Fetch(  # noqa: N802
@@ -62,9 +67,10 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
     ) -> AsyncIterator[pb.FetchResponse]:
         """Announces pieces as they become readable, until all were.
 
-        Raises InvalidFetchError, LayoutMismatchError, NoTransportError, LeaseLostError,
-        BlocksNotHeldError. When the deadline passes, gRPC cancels it like any call.
+        Raises InvalidFetchError, RegionDeniedError, LayoutMismatchError, NoTransportError,
+        WrongTenantError, LeaseLostError, BlocksNotHeldError. When the deadline passes, gRPC cancels it like any call.
         """
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             wanted, opened = self._open(request, context)
@@ -111,6 +117,8 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         self, request: pb.FetchRequest, context: _Context
     ) -> tuple[wire.Wanted, pb.FetchResponse]:
         wanted = wire.wanted_from(request)
+        # First: whoever may not have the blocks need not know what can be had.
+        self._policy.check(wanted.tenant, wanted.region)
         layout = self._store.layout
         if wanted.kv_layout != layout.fingerprint:
             raise LayoutMismatchError.between(layout.fields(), wanted.layout_fields)

@@ -21,7 +21,7 @@ from kvtransfer.errors import (
     WrongTenantError,
 )
 from kvtransfer.keys import KEY_BYTES
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import Component, KvLayout
 from kvtransfer.pieces import Piece
 from kvtransfer.transports.base import Offer
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
@@ -50,6 +50,62 @@ class Agreement:
     why: str
     lease_seconds: float
     generations_offset: int
+
+
+def layout_to(layout: KvLayout) -> pb.KvLayout:
+    """A source's layout."""
+    return pb.KvLayout(
+        model=layout.model,
+        layers=layout.layers,
+        block_tokens=layout.block_tokens,
+        components=[
+            pb.KvComponent(
+                name=c.name,
+                dtype=c.dtype,
+                heads=c.heads,
+                width=c.width,
+                total_heads=c.total_heads,
+                scale=c.scale,
+            )
+            for c in layout.components
+        ],
+        shard=layout.shard,
+        shards=layout.shards,
+        interleaved=layout.interleaved,
+    )
+
+
+def layout_from(message: pb.DescribeResponse) -> KvLayout:
+    """A source's layout. Raises LayoutMismatchError if it has none that can be."""
+    said = message.layout
+    try:
+        layout = KvLayout(
+            said.model,
+            said.layers,
+            said.block_tokens,
+            tuple(
+                Component(
+                    c.name,
+                    c.dtype,
+                    c.heads,
+                    c.width,
+                    c.total_heads,
+                    c.scale if c.HasField("scale") else None,
+                )
+                for c in said.components
+            ),
+            said.shard,
+            said.shards,
+            said.interleaved,
+        )
+    except ValueError as error:
+        field = str(error).partition(":")[0]
+        raise LayoutMismatchError(
+            f"the source's KV layout can't be: {error}", field=field
+        ) from error
+    if layout.fingerprint != message.kv_layout:
+        raise LayoutMismatchError.between(message.layout_fields, layout.fields())
+    return layout
 
 
 def offer_to(offer: Offer) -> pb.TransportOffer:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tandem/kvtransfer/v1/kvtransfer.proto\x12\x14tandem.kvtransfer.v1\"\x9b\x01\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12H\n\nattributes\x18\x02 \x03(\x0b\x32\x34.tandem.kvtransfer.v1.TransportOffer.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x11\n\x0f\x44\x65scribeRequest\"H\n\x0bKvComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05heads\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\"\x95\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x35\n\ncomponents\x18\x04 \x03(\x0b\x32!.tandem.kvtransfer.v1.KvComponent\x12\r\n\x05shard\x18\x05 \x01(\r\x12\x0e\n\x06shards\x18\x06 \x01(\r\"\xa1\x02\n\x10\x44\x65scribeResponse\x12\x11\n\tkv_layout\x18\x01 \x01(\t\x12O\n\rlayout_fields\x18\x02 \x03(\x0b\x32\x38.tandem.kvtransfer.v1.DescribeResponse.LayoutFieldsEntry\x12\x34\n\x06offers\x18\x03 \x03(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12.\n\x06layout\x18\x04 \x01(\x0b\x32\x1e.tandem.kvtransfer.v1.KvLayout\x12\x0e\n\x06region\x18\x05 \x01(\t\x1a\x33\n\x11LayoutFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbe\x02\n\x0c\x46\x65tchRequest\x12\x10\n\x08\x66\x65tch_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\tkv_layout\x18\x03 \x01(\t\x12K\n\rlayout_fields\x18\x04 \x03(\x0b\x32\x34.tandem.kvtransfer.v1.FetchRequest.LayoutFieldsEntry\x12\x0c\n\x04keys\x18\x05 \x03(\x0c\x12\x34\n\x06offers\x18\x06 \x03(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12\x11\n\theld_only\x18\x07 \x01(\x08\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06region\x18\t \x01(\t\x1a\x33\n\x11LayoutFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x81\x01\n\x0b\x46\x65tchOpened\x12\x37\n\ttransport\x18\x01 \x01(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x1a\n\x12generations_offset\x18\x04 \x01(\x04\"\x85\x01\n\x05Piece\x12\x11\n\tkey_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\"9\n\nFetchReady\x12+\n\x06pieces\x18\x01 \x03(\x0b\x32\x1b.tandem.kvtransfer.v1.Piece\"\x82\x01\n\rFetchResponse\x12\x33\n\x06opened\x18\x01 \x01(\x0b\x32!.tandem.kvtransfer.v1.FetchOpenedH\x00\x12\x31\n\x05ready\x18\x02 \x01(\x0b\x32 .tandem.kvtransfer.v1.FetchReadyH\x00\x42\t\n\x07message\" \n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x1d\n\rRenewResponse\x12\x0c\n\x04live\x18\x01 \x01(\x08\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"#\n\x0fReleaseResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xec\x02\n\x11KvTransferService\x12Y\n\x08\x44\x65scribe\x12%.tandem.kvtransfer.v1.DescribeRequest\x1a&.tandem.kvtransfer.v1.DescribeResponse\x12R\n\x05\x46\x65tch\x12\".tandem.kvtransfer.v1.FetchRequest\x1a#.tandem.kvtransfer.v1.FetchResponse0\x01\x12P\n\x05Renew\x12\".tandem.kvtransfer.v1.RenewRequest\x1a#.tandem.kvtransfer.v1.RenewResponse\x12V\n\x07Release\x12$.tandem.kvtransfer.v1.ReleaseRequest\x1a%.tandem.kvtransfer.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tandem/kvtransfer/v1/kvtransfer.proto\x12\x14tandem.kvtransfer.v1\"\x9b\x01\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12H\n\nattributes\x18\x02 \x03(\x0b\x32\x34.tandem.kvtransfer.v1.TransportOffer.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x11\n\x0f\x44\x65scribeRequest\"{\n\x0bKvComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05heads\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x13\n\x0btotal_heads\x18\x05 \x01(\r\x12\x12\n\x05scale\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\xaa\x01\n\x08KvLayout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x35\n\ncomponents\x18\x04 \x03(\x0b\x32!.tandem.kvtransfer.v1.KvComponent\x12\r\n\x05shard\x18\x05 \x01(\r\x12\x0e\n\x06shards\x18\x06 \x01(\r\x12\x13\n\x0binterleaved\x18\x07 \x01(\x08\"\xa1\x02\n\x10\x44\x65scribeResponse\x12\x11\n\tkv_layout\x18\x01 \x01(\t\x12O\n\rlayout_fields\x18\x02 \x03(\x0b\x32\x38.tandem.kvtransfer.v1.DescribeResponse.LayoutFieldsEntry\x12\x34\n\x06offers\x18\x03 \x03(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12.\n\x06layout\x18\x04 \x01(\x0b\x32\x1e.tandem.kvtransfer.v1.KvLayout\x12\x0e\n\x06region\x18\x05 \x01(\t\x1a\x33\n\x11LayoutFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbe\x02\n\x0c\x46\x65tchRequest\x12\x10\n\x08\x66\x65tch_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\tkv_layout\x18\x03 \x01(\t\x12K\n\rlayout_fields\x18\x04 \x03(\x0b\x32\x34.tandem.kvtransfer.v1.FetchRequest.LayoutFieldsEntry\x12\x0c\n\x04keys\x18\x05 \x03(\x0c\x12\x34\n\x06offers\x18\x06 \x03(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12\x11\n\theld_only\x18\x07 \x01(\x08\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0e\n\x06region\x18\t \x01(\t\x1a\x33\n\x11LayoutFieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x81\x01\n\x0b\x46\x65tchOpened\x12\x37\n\ttransport\x18\x01 \x01(\x0b\x32$.tandem.kvtransfer.v1.TransportOffer\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\x12\x1a\n\x12generations_offset\x18\x04 \x01(\x04\"\x85\x01\n\x05Piece\x12\x11\n\tkey_index\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\r\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\"9\n\nFetchReady\x12+\n\x06pieces\x18\x01 \x03(\x0b\x32\x1b.tandem.kvtransfer.v1.Piece\"\x82\x01\n\rFetchResponse\x12\x33\n\x06opened\x18\x01 \x01(\x0b\x32!.tandem.kvtransfer.v1.FetchOpenedH\x00\x12\x31\n\x05ready\x18\x02 \x01(\x0b\x32 .tandem.kvtransfer.v1.FetchReadyH\x00\x42\t\n\x07message\" \n\x0cRenewRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x1d\n\rRenewResponse\x12\x0c\n\x04live\x18\x01 \x01(\x08\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"#\n\x0fReleaseResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xec\x02\n\x11KvTransferService\x12Y\n\x08\x44\x65scribe\x12%.tandem.kvtransfer.v1.DescribeRequest\x1a&.tandem.kvtransfer.v1.DescribeResponse\x12R\n\x05\x46\x65tch\x12\".tandem.kvtransfer.v1.FetchRequest\x1a#.tandem.kvtransfer.v1.FetchResponse0\x01\x12P\n\x05Renew\x12\".tandem.kvtransfer.v1.RenewRequest\x1a#.tandem.kvtransfer.v1.RenewResponse\x12V\n\x07Release\x12$.tandem.kvtransfer.v1.ReleaseRequest\x1a%.tandem.kvtransfer.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,33 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=221
   _globals['_DESCRIBEREQUEST']._serialized_end=238
   _globals['_KVCOMPONENT']._serialized_start=240
-  _globals['_KVCOMPONENT']._serialized_end=312
-  _globals['_KVLAYOUT']._serialized_start=315
-  _globals['_KVLAYOUT']._serialized_end=464
-  _globals['_DESCRIBERESPONSE']._serialized_start=467
-  _globals['_DESCRIBERESPONSE']._serialized_end=756
-  _globals['_DESCRIBERESPONSE_LAYOUTFIELDSENTRY']._serialized_start=705
-  _globals['_DESCRIBERESPONSE_LAYOUTFIELDSENTRY']._serialized_end=756
-  _globals['_FETCHREQUEST']._serialized_start=759
-  _globals['_FETCHREQUEST']._serialized_end=1077
-  _globals['_FETCHREQUEST_LAYOUTFIELDSENTRY']._serialized_start=705
-  _globals['_FETCHREQUEST_LAYOUTFIELDSENTRY']._serialized_end=756
-  _globals['_FETCHOPENED']._serialized_start=1080
-  _globals['_FETCHOPENED']._serialized_end=1209
-  _globals['_PIECE']._serialized_start=1212
-  _globals['_PIECE']._serialized_end=1345
-  _globals['_FETCHREADY']._serialized_start=1347
-  _globals['_FETCHREADY']._serialized_end=1404
-  _globals['_FETCHRESPONSE']._serialized_start=1407
-  _globals['_FETCHRESPONSE']._serialized_end=1537
-  _globals['_RENEWREQUEST']._serialized_start=1539
-  _globals['_RENEWREQUEST']._serialized_end=1571
-  _globals['_RENEWRESPONSE']._serialized_start=1573
-  _globals['_RENEWRESPONSE']._serialized_end=1602
-  _globals['_RELEASEREQUEST']._serialized_start=1604
-  _globals['_RELEASEREQUEST']._serialized_end=1638
-  _globals['_RELEASERESPONSE']._serialized_start=1640
-  _globals['_RELEASERESPONSE']._serialized_end=1675
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1678
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2042
+  _globals['_KVCOMPONENT']._serialized_end=363
+  _globals['_KVLAYOUT']._serialized_start=366
+  _globals['_KVLAYOUT']._serialized_end=536
+  _globals['_DESCRIBERESPONSE']._serialized_start=539
+  _globals['_DESCRIBERESPONSE']._serialized_end=828
+  _globals['_DESCRIBERESPONSE_LAYOUTFIELDSENTRY']._serialized_start=777
+  _globals['_DESCRIBERESPONSE_LAYOUTFIELDSENTRY']._serialized_end=828
+  _globals['_FETCHREQUEST']._serialized_start=831
+  _globals['_FETCHREQUEST']._serialized_end=1149
+  _globals['_FETCHREQUEST_LAYOUTFIELDSENTRY']._serialized_start=777
+  _globals['_FETCHREQUEST_LAYOUTFIELDSENTRY']._serialized_end=828
+  _globals['_FETCHOPENED']._serialized_start=1152
+  _globals['_FETCHOPENED']._serialized_end=1281
+  _globals['_PIECE']._serialized_start=1284
+  _globals['_PIECE']._serialized_end=1417
+  _globals['_FETCHREADY']._serialized_start=1419
+  _globals['_FETCHREADY']._serialized_end=1476
+  _globals['_FETCHRESPONSE']._serialized_start=1479
+  _globals['_FETCHRESPONSE']._serialized_end=1609
+  _globals['_RENEWREQUEST']._serialized_start=1611
+  _globals['_RENEWREQUEST']._serialized_end=1643
+  _globals['_RENEWRESPONSE']._serialized_start=1645
+  _globals['_RENEWRESPONSE']._serialized_end=1674
+  _globals['_RELEASEREQUEST']._serialized_start=1676
+  _globals['_RELEASEREQUEST']._serialized_end=1710
+  _globals['_RELEASERESPONSE']._serialized_start=1712
+  _globals['_RELEASERESPONSE']._serialized_end=1747
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1750
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2114
 # @@protoc_insertion_point(module_scope)

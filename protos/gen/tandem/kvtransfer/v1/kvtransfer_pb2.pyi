@@ -85,7 +85,7 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class KvComponent(_message.Message):
-    """One array of a layer: [block_tokens, heads, width] of dtype."""
+    """Values of a layer: heads x width of dtype for each token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -93,6 +93,8 @@ class KvComponent(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
+    TOTAL_HEADS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"k", "v", "k_scale", "v_scale", "latent", "latent_scale", "rope"."""
     dtype: _builtins.str
@@ -101,6 +103,10 @@ class KvComponent(_message.Message):
     """Heads of this shard; 1 where all heads share the values."""
     width: _builtins.int
     """Values a token and head."""
+    total_heads: _builtins.int
+    """Heads over all shards; fewer than shards where some hold the same ones."""
+    scale: _builtins.float
+    """fp8_e4m3 without scales in the block: what all codes are to be multiplied by."""
     def __init__(
         self,
         *,
@@ -108,12 +114,16 @@ class KvComponent(_message.Message):
         dtype: _builtins.str = ...,
         heads: _builtins.int = ...,
         width: _builtins.int = ...,
+        total_heads: _builtins.int = ...,
+        scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "heads", b"heads", "name", b"name", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "dtype", b"dtype", "heads", b"heads", "name", b"name", "scale", b"scale", "total_heads", b"total_heads", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
 
 Global___KvComponent: _TypeAlias = KvComponent  # noqa: Y015
 
@@ -129,6 +139,7 @@ class KvLayout(_message.Message):
     COMPONENTS_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    INTERLEAVED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Whose KV it is."""
     layers: _builtins.int
@@ -139,6 +150,8 @@ class KvLayout(_message.Message):
     """Which tensor-parallel shard."""
     shards: _builtins.int
     """Of how many."""
+    interleaved: _builtins.bool
+    """Token after token, all values of one next to each other; otherwise an array a component."""
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvComponent]:
         """Arrays of a layer, in the order they lie in."""
@@ -152,10 +165,11 @@ class KvLayout(_message.Message):
         components: _abc.Iterable[Global___KvComponent] | None = ...,
         shard: _builtins.int = ...,
         shards: _builtins.int = ...,
+        interleaved: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "components", b"components", "layers", b"layers", "model", b"model", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "components", b"components", "interleaved", b"interleaved", "layers", b"layers", "model", b"model", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
