@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -19,7 +19,10 @@ from kvtransfer.errors import (
 )
 from kvtransfer.fetching import Limits
 from kvtransfer.landing import DirectLanding, Landing
+from kvtransfer.observe import FetchStats
+from kvtransfer.observer import Needed, Observer, Seen, not_needed
 from kvtransfer.offload import Offload
+from kvtransfer.policy import ExportPolicy
 from kvtransfer.report import FetchReport, Progress
 from kvtransfer.sink import Order, SinkFetch
 from kvtransfer.source import KvTransferServicer
@@ -34,23 +37,26 @@ RELEASE_SECONDS = 2.0
 REMEMBERED_SOURCES = 1024
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Counters:
-    """Since the start. `bytes` and `corrupt` are of fetches made here, the rest of those served."""
+    """Since the start. `refused` and `expired` are of what was served, the rest of fetches here.
 
-    bytes: dict[str, int] = field(default_factory=dict)
+    KvEndpoint.stats has them by transport and peer.
+    """
+
+    bytes: Mapping[str, int]
     """Bytes fetched and verified, by transport."""
-    corrupt: int = 0
+    corrupt: int
     """Blocks given up because their bytes were wrong twice."""
-    reread: int = 0
+    reread: int
     """Pieces that were read twice because they were wrong the first time."""
-    stale: int = 0
-    """Fetches that found memory given to other content while they read it."""
-    lost: int = 0
-    """Fetches that lost their source."""
-    refused: int = 0
+    stale: int
+    """Fetches given up because the source reused memory that was still being read."""
+    lost: int
+    """Fetches that lost their source, for whatever reason."""
+    refused: int
     """Fetches of others turned down."""
-    expired: int = 0
+    expired: int
     """Leases that ran out."""
 
 
@@ -60,7 +66,8 @@ class KvEndpoint:
     `transports` names those to offer, best first: "shm", "tcp". `host_id` names the host for
     shared memory; by default it is found out. Lease and fetch durations in seconds; a read that
     takes longer than `stall_seconds` is given up, and leases are renewed every `renew_seconds` at
-    most while a fetch goes on. `region` is what this sink says of itself to sources.
+    most while a fetch goes on. `policy` says where blocks may go, and has the region that this
+    sink says it is in.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class KvEndpoint:
         fetch_timeout_seconds: float = 30.0,
         stall_seconds: float = 15.0,
         renew_seconds: float = 5.0,
-        region: str = "",
+        policy: ExportPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -84,9 +91,9 @@ class KvEndpoint:
         self._fetch_seconds = fetch_timeout_seconds
         self._stall_seconds = stall_seconds
         self._renew_seconds = renew_seconds
-        self._region = region
+        self._policy = policy or ExportPolicy()
         self._clock = clock
-        self._counters = Counters()
+        self._observer = Observer(clock)
         self._channels = Channels()
         self._unusable: dict[str, dict[str, str]] = {}
         self._releasing: set[asyncio.Task[None]] = set()
@@ -97,16 +104,39 @@ class KvEndpoint:
         self._not_offered = {t.name: t.why_not() for t in asked if t.why_not()}
         self._transports = [t for t in asked if not t.why_not()]
         self.servicer = KvTransferServicer(
-            store, self._transports, self._not_offered, lease_seconds
+            store, self._transports, self._not_offered, lease_seconds, self._policy
         )
         """For the worker's gRPC server; its handlers raise KvErrors."""
 
     @property
+    def offered(self) -> tuple[str, ...]:
+        """Names of the transports that this end offers, best first."""
+        return tuple(t.name for t in self._transports)
+
+    @property
+    def not_offered(self) -> Mapping[str, str]:
+        """Transports that it was told to offer and can't: why not."""
+        return self._not_offered
+
+    @property
+    def stats(self) -> FetchStats:
+        """What fetches came to, by transport and peer."""
+        return self._observer.stats
+
+    @property
     def counters(self) -> Counters:
         """Now."""
-        self._counters.refused = self.servicer.refused
-        self._counters.expired = self._store.stats().expired
-        return self._counters
+        total = self.stats.total
+        moved = {t.transport: t.figures.bytes for t in self.stats.transports if t.figures.bytes}
+        return Counters(
+            bytes=moved,
+            corrupt=total.corrupt,
+            reread=total.reread,
+            stale=total.stale,
+            lost=total.lost + total.expired + total.stale,
+            refused=self.servicer.refused,
+            expired=self._store.stats().expired,
+        )
 
     async def start(self) -> None:
         """Listens where a transport needs it. Raises NoTransportError or TransportError."""
@@ -148,6 +178,7 @@ class KvEndpoint:
         release: bool = True,
         held_only: bool = False,
         tenant: str = "",
+        needed: Needed = not_needed,
     ) -> FetchReport:
         """Gets keys[i] from the source at `address` into blocks[i], which the caller holds.
 
@@ -174,6 +205,7 @@ class KvEndpoint:
             release=release,
             held_only=held_only,
             tenant=tenant,
+            needed=needed,
         )
 
     async def fetch_into(
@@ -187,6 +219,7 @@ class KvEndpoint:
         release: bool = True,
         held_only: bool = False,
         tenant: str = "",
+        needed: Needed = not_needed,
     ) -> FetchReport:
         """Gets `keys`, of the landing's layout, from the source at `address` to where it says.
 
@@ -194,24 +227,29 @@ class KvEndpoint:
         fetch_timeout_seconds) bounds it as a whole; a source that dies or stalls is noticed
         sooner (fetching.py). With `held_only` the source does not wait for blocks that are still
         to be computed. With `release` its lease is released at the end, however that comes,
-        without waiting for it.
+        without waiting for it. `needed` tells, at the end, since when a request waited for nothing
+        else, by the endpoint's clock.
 
         When this returns, raises or is cancelled, nothing writes into the blocks any more.
         Raises KvSourceLostError (`complete` says what arrived), LayoutMismatchError,
         WrongTenantError, RegionDeniedError, NoTransportError, InvalidFetchError.
         """
         order = Order(
-            secrets.token_hex(8), address, lease_id, keys, held_only, tenant, self._region
+            secrets.token_hex(8), address, lease_id, keys, held_only, tenant, self._policy.region
         )
         seconds = self._fetch_seconds if timeout is None else timeout
         channel, gone = self._channels.use(address), False
         try:
             if not keys:
                 return _nothing(self._clock())
-            return await self._attempts(channel, order, landing, seconds)
+            watched = self._observer.fetch(
+                address, lease_id, len(keys), needed, held_only=held_only
+            )
+            with watched as seen:
+                seen.report = await self._attempts(channel, order, landing, seconds, seen)
+                return seen.report
         except KvSourceLostError as error:
             gone = error.metadata.get("cause") == grpc.StatusCode.UNAVAILABLE.name
-            self._counters.lost += 1
             raise
         finally:
             if gone:
@@ -228,7 +266,12 @@ class KvEndpoint:
         task.add_done_callback(self._releasing.discard)
 
     async def _attempts(
-        self, channel: grpc.aio.Channel, order: Order, landing: Landing, seconds: float
+        self,
+        channel: grpc.aio.Channel,
+        order: Order,
+        landing: Landing,
+        seconds: float,
+        seen: Seen,
     ) -> FetchReport:
         """Fetches by the best transport that really works."""
         deadline = asyncio.get_running_loop().time() + seconds
@@ -250,7 +293,7 @@ class KvEndpoint:
                 error.complete = fetch.core.arrivals.complete
                 raise
             finally:
-                self._count(fetch)
+                _note(seen, fetch)
 
     def _cross_off(self, address: str, name: str, why: str) -> None:
         """A transport that should fit does not work with this source; until it is gone."""
@@ -258,14 +301,6 @@ class KvEndpoint:
         if len(self._unusable) >= REMEMBERED_SOURCES:
             self._unusable.clear()
         self._unusable.setdefault(address, {})[name] = why
-
-    def _count(self, fetch: SinkFetch) -> None:
-        counters, core = self._counters, fetch.core
-        if core.bytes:
-            counters.bytes[fetch.transport] = counters.bytes.get(fetch.transport, 0) + core.bytes
-        counters.corrupt += core.arrivals.corrupt
-        counters.reread += core.corrupt_reads
-        counters.stale += core.stale
 
     async def _release(self, channel: grpc.aio.Channel, address: str, lease_id: str) -> None:
         stub, gone = kvtransfer_pb2_grpc.KvTransferServiceStub(channel), False
@@ -284,6 +319,15 @@ class KvEndpoint:
             await asyncio.sleep(min(1.0, self._lease_seconds / 8))
             for lease_id in self._store.expire():
                 log.info("lease %s expired: its sink did not come for it", lease_id)
+
+
+def _note(seen: Seen, fetch: SinkFetch) -> None:
+    arrivals = fetch.core.arrivals
+    seen.transport, seen.why = fetch.transport, fetch.why
+    seen.bytes += fetch.core.bytes
+    seen.blocks += sum(arrivals.complete)
+    seen.corrupt += arrivals.corrupt
+    seen.reread += fetch.core.corrupt_reads
 
 
 def _nothing(now: float) -> FetchReport:

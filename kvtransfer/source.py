@@ -60,6 +60,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
             layout_fields=layout.fields(),
             offers=[wire.offer_to(t.source_offer()) for t in self._transports.values()],
             layout=wire.layout_to(layout),
+            region=self._policy.region,
         )
 
     async def Fetch(  # noqa: N802
@@ -68,9 +69,9 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         """Announces pieces as they become readable, until all were.
 
         Raises InvalidFetchError, RegionDeniedError, LayoutMismatchError, NoTransportError,
-        WrongTenantError, LeaseLostError, BlocksNotHeldError. When the deadline passes, gRPC cancels it like any call.
+        WrongTenantError, LeaseLostError, BlocksNotHeldError. When the deadline passes, gRPC
+        cancels it like any call.
         """
-        news, loop = asyncio.Event(), asyncio.get_running_loop()
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             wanted, opened = self._open(request, context)
