@@ -253,8 +253,9 @@ class SinkFetch:
 
     async def _renew(self, stub: _Stub) -> None:
         request = pb.RenewRequest(lease_id=self._order.lease_id)
+        timeout = min(RENEW_TIMEOUT_SECONDS, self._limits.stall_seconds)
         try:
-            answer = await stub.Renew(request, timeout=RENEW_TIMEOUT_SECONDS)
+            answer = await stub.Renew(request, timeout=timeout)
             self._tell(Renewed(answer.live))
         except grpc.aio.AioRpcError:
             self._tell(Renewed(None))
