@@ -26,6 +26,11 @@ ADVICE = {
     "OUT_OF_BLOCKS": "Give the worker more KV memory: engine.kv_memory_mib or engine.kv_blocks.",
     "LEASE_LOST": "Nothing: the request is placed again. Raise kv.lease_seconds if it is frequent.",
     "BLOCKS_NOT_HELD": "Nothing: the sink computes or fetches the blocks elsewhere.",
+    "KV_WRONG_TENANT": "Nothing, if tenants are kept apart as they should be: the prompt is "
+    "computed. Otherwise a worker passes the wrong tenant on.",
+    "KV_REGION_DENIED": "Nothing: the prompt is computed, or the request placed again. To let "
+    "blocks go there, change kv.export_regions or kv.tenant_regions of the source, or the sink's "
+    "worker.region.",
     "INVALID_FETCH": "A bug of the sink; please report it with the message.",
     "LAYOUT_MISMATCH": "Start all workers of a model with the same model, engine.kv_dtype and "
     "engine.block_tokens; the message names what differs.",

@@ -31,7 +31,8 @@ def allowed(field: FieldInfo) -> str:
     if is_tuple(field):
         least = next((m.min_length for m in field.metadata if isinstance(m, MinLen)), 0)
         some = f" (at least {least})" if least else ""
-        return f"a list{some} of: {_choices(get_args(field.annotation)[0])}"
+        choices = _choices(get_args(field.annotation)[0])
+        return f"a list{some} of: {choices}" if choices else f"a list{some} of texts"
     if get_origin(field.annotation) is Literal:
         return f"one of: {_choices(field.annotation)}"
     if field.annotation is bool:
@@ -51,6 +52,9 @@ def show(value: Any) -> str:
 
 
 def _choices(annotation: Any) -> str:
+    """Of a Literal; "" where the values are not counted up."""
+    if get_origin(annotation) is not Literal:
+        return ""
     return ", ".join(map(str, get_args(annotation)))
 
 

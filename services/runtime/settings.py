@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Seconds = Annotated[float, Field(gt=0)]
+Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
+TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
+"""tenant=region+region; no region: nowhere."""
 
 
 class _Section(BaseModel):
@@ -108,6 +111,11 @@ class KvSettings(_Section):
         description="A fetch that takes longer has failed. It counts from the request's start, so "
         "it has to cover the prompt's time in the prefill queue.",
     )
+    stall_seconds: Seconds = Field(
+        15.0,
+        description="A source that answers nothing, or takes longer for one read of at most 16 MiB, "
+        "is given up.",
+    )
     layers_per_piece: int = Field(
         8, ge=1, description="Layers that are offered, read and checked together."
     )
@@ -117,6 +125,21 @@ class KvSettings(_Section):
         description="A decode worker whose fetch failed computes up to this many prompt tokens "
         "itself; beyond, the request is placed again.",
     )
+    prefix_fetch: bool = Field(
+        True,
+        description="A prompt's start is taken from another worker that holds it, where that is "
+        "predicted to be faster than computing it.",
+    )
+    export_regions: tuple[Region, ...] = Field(
+        (),
+        description="Regions that KV blocks may go to besides worker.region. Empty: they stay in "
+        "worker.region, or may go anywhere if that is empty too.",
+    )
+    tenant_regions: tuple[TenantRegions, ...] = Field(
+        (),
+        description="Regions that a tenant's KV blocks may go to, instead of what holds for all: "
+        "tenant=region+region. Only these, and none if none is named.",
+    )
 
 
 class WorkerSettings(_Section):
@@ -124,7 +147,11 @@ class WorkerSettings(_Section):
 
     name: str = Field("", description="Name in status and logs; empty: the role.")
     coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
-    region: str = Field("", description="Label of the region, for placement.")
+    region: str = Field(
+        "",
+        description="Label of the region, for placement and for where KV blocks may go. It is what "
+        "a worker says of itself: nothing proves it.",
+    )
     heartbeat_seconds: Seconds = Field(0.5, description="Between reports of load.")
 
 
@@ -132,6 +159,12 @@ class CoordinatorSettings(_Section):
     """Placement and membership."""
 
     lease_seconds: Seconds = Field(3.0, description="A worker not heard of for this long is gone.")
+    worker_wait_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="When a model has lost its last decode worker, its requests wait this long for "
+        "one to come back before they are refused.",
+    )
     queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
     local_prefill_tokens: int = Field(
         64,
