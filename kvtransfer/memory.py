@@ -10,6 +10,9 @@ is anonymous memory, which can't be shared; `why_not_shared` then says so.
 
 The header lets a reader prove that it mapped what it was told of, and not what a process that
 got the same id since has under the same descriptor number.
+
+A GPU's blocks are a DeviceSegment: the same offsets, over memory of two kinds. What a transport
+needs of either is `Memory`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import struct
 import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +48,22 @@ class Region:
     """"DRAM" or "VRAM"."""
     device: int = 0
     """Ordinal of the GPU; 0 for DRAM."""
+
+
+class Memory(Protocol):
+    """`data_bytes` bytes with offsets from 0 on, wherever they lie."""
+
+    @property
+    def nonce(self) -> bytes:
+        """16 bytes that name this memory in this run of this process. Secret."""
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes there are."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """What a transport registers; together they are the memory, in order, without gaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +105,90 @@ class Segment:
         if self.fd is not None:
             self._closer()
             self.fd = None
+
+
+class DeviceCopies(Protocol):
+    """Copies between a GPU and the host, as whoever allocated the GPU's memory makes them.
+
+    An engine on torch has them as `tensor[a:b].cpu()` and `copy_`; this room imports no torch.
+    """
+
+    def to_host(self, address: int, out: NDArray[np.uint8]) -> None:
+        """Fills `out` from device memory. Returns when it is done."""
+
+    def from_host(self, address: int, data: NDArray[np.uint8]) -> None:
+        """Writes `data` to device memory. Returns when it is done."""
+
+
+class DeviceSegment:
+    """Blocks in a GPU's memory, and after them host memory for what goes with blocks.
+
+    Offsets 0 to `device_bytes` are the `device_bytes` bytes at `address` on GPU `device`, which the
+    caller allocated and keeps; the `host_bytes` after them (generations, scratch) are allocated
+    here. Of the transports only those that list "VRAM" in their `kinds` can move it.
+
+    No GPU was at hand when this was written: what has been run is the arithmetic and what is told
+    to NIXL, with made-up addresses. NIXL's own registration and reads of VRAM have not.
+    """
+
+    fd = None
+    why_not_shared = "its blocks are in a GPU's memory, which other processes can't map"
+
+    def __init__(
+        self,
+        address: int,
+        device_bytes: int,
+        device: int,
+        host_bytes: int,
+        nonce: bytes,
+        copies: DeviceCopies,
+    ) -> None:
+        if len(nonce) != NONCE_BYTES:
+            raise ValueError(f"a nonce has {NONCE_BYTES} bytes")
+        self.nonce = nonce
+        self.device_bytes = device_bytes
+        self.data_bytes = device_bytes + host_bytes
+        mapped = mmap.mmap(-1, max(1, host_bytes))
+        self.host: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8, host_bytes)
+        """The bytes from offset `device_bytes` on, writable."""
+        self._address = address
+        self._device = device
+        self._copies = copies
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The GPU's part, then the host's if there is one."""
+        vram = Region(0, self._address, self.device_bytes, "VRAM", self._device)
+        if not self.host.nbytes:
+            return (vram,)
+        return vram, Region(self.device_bytes, self.host.ctypes.data, self.host.nbytes)
+
+    def read(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """A copy of some bytes in host memory, for checksums. Raises ValueError if out of range."""
+        out = np.empty(nbytes, np.uint8)
+        on_device = self._split(offset, nbytes)
+        if on_device:
+            self._copies.to_host(self._address + offset, out[:on_device])
+        at = offset + on_device - self.device_bytes
+        out[on_device:] = self.host[at : at + nbytes - on_device]
+        return out
+
+    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
+        """Puts bytes in place. Raises ValueError if out of range."""
+        on_device = self._split(offset, data.nbytes)
+        if on_device:
+            self._copies.from_host(self._address + offset, data[:on_device])
+        at = offset + on_device - self.device_bytes
+        self.host[at : at + data.nbytes - on_device] = data[on_device:]
+
+    def close(self) -> None:
+        """Nothing to give up: nobody can map it."""
+
+    def _split(self, offset: int, nbytes: int) -> int:
+        """How many of the bytes are the GPU's."""
+        if offset < 0 or offset + nbytes > self.data_bytes:
+            raise ValueError(f"{nbytes} bytes at {offset} leave the {self.data_bytes} there are")
+        return max(0, min(self.device_bytes - offset, nbytes))
 
 
 def read_header(raw: bytes) -> Header:

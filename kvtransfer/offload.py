@@ -33,7 +33,7 @@ class Offload:
             return await asyncio.wrap_future(job)
         except asyncio.CancelledError:
             stopping = True
-            await _outlast(asyncio.wrap_future(job))
+            await outlast(asyncio.wrap_future(job))
             raise
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ def _go_on() -> bool:
     return False
 
 
-async def _outlast(job: asyncio.Future[T]) -> None:
+async def outlast(job: asyncio.Future[T]) -> None:
     """Waits for a job to end, through any further cancellation."""
     while not job.done():
         try:

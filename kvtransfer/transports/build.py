@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from kvtransfer.memory import Segment
 from kvtransfer.offload import Offload
 from kvtransfer.transports.base import Transport
+from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport, host_identity
 from kvtransfer.transports.tcp import TcpTransport
 
@@ -28,6 +29,7 @@ def make_transports(
     here = host_identity() if host_id is None else host_id
     makers: dict[str, Callable[[], Transport]] = {
         "shm": lambda: ShmTransport(segment, offload, here),
+        "nixl": lambda: NixlTransport(segment, host),
         "tcp": lambda: TcpTransport(segment, host, port),
     }
     return [makers[name]() for name in names]

@@ -18,7 +18,7 @@ PATIENCE = 20.0
 class RemoteSource:
     """A source process. `await do("offer", lease=..., keys=[...])`."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, *, env: dict[str, str] | None = None, **options) -> None:
         self.options = options
         paths = [str(ROOT), str(ROOT / "protos" / "gen")]
         self.process = subprocess.Popen(
@@ -26,7 +26,13 @@ class RemoteSource:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            # UCX tells of peers that died on standard output, which is for answers here.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "UCX_LOG_FILE": "/dev/stderr",
+                **(env or {}),
+            },
         )
         self.address = self._answer()["address"]
 
