@@ -31,7 +31,7 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[torch,plot,peer,dev]'
+	$(PIP) -e '.[torch,plot,peer,nixl,ucx,dev]'
 	@touch $@
 
 install: $(VENV)/.installed ## What is needed to serve
