@@ -10,7 +10,7 @@ import grpc
 
 from services.decode.wire import error_output, output_to
 from services.engine.api import Engine, EngineFault, FirstTokens, KvSource, TokenOutput
-from services.engine.wire import request_from
+from services.engine.wire import prefix_from, request_from
 from services.runtime.errors import (
     DrainingError,
     DuplicateRequestError,
@@ -126,7 +126,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 allowed = f"this worker has {self._engine.info.dp_ranks}"
                 raise InvalidRequestError("dp_rank", start.dp_rank, allowed)
             request = request_from(start.request, self._engine.info.vocabulary)
-            self._engine.decode(request, source)
+            self._engine.decode(request, source, prefix_from(start.prefix))
         except TandemError as error:
             fault = EngineFault(error.reason, error.message, error.metadata)
             stream.put(error_output(request_id, fault))

@@ -13,7 +13,9 @@ A request's life at an engine, prefill and decode apart:
                      proceed(id, first)      -> joins the batch once the KV is complete
                      -> StepOutput after StepOutput, the last with a finish reason
 
-With `source=None` decode computes the prompt itself, and every token comes from it.
+With `source=None` decode computes the prompt itself, and every token comes from it. Whoever
+computes a prompt may be told of a worker that holds its start (`prefix`), and decides whether to
+take it from there.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtransfer.layout import KvLayout
+from kvtransfer.observe import Traffic
 
 
 class FinishReason(enum.Enum):
@@ -95,6 +98,15 @@ class KvSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KvPrefix:
+    """A worker that holds the KV of a prompt's first `tokens` tokens, as far as is known."""
+
+    worker_id: str
+    address: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class FirstTokens:
     """What prefill found: the token(s) after the prompt, and the engine's opaque handle."""
 
@@ -112,6 +124,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """What was done about a prefix that another worker holds; fields as in generation.proto."""
+
+    worker_id: str
+    tokens: int
+    fetch_seconds: float
+    compute_seconds: float
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class KvReport:
     """What was done about one request's prompt KV; fields as in generation.proto."""
 
@@ -123,6 +147,9 @@ class KvReport:
     cached_tokens: int = 0
     computed_tokens: int = 0
     corrupt_blocks: int = 0
+    lost: str = ""
+    why: str = ""
+    prefix: PrefixReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +202,10 @@ class EngineInfo:
     """Digest of the results of a fixed computation: equal means equal bits in batch-invariant
     mode. Empty if the engine is not batch-invariant."""
     dp_ranks: int = 1
+    kv_transports: tuple[str, ...] = ()
+    """Offered, best first."""
+    kv_not_offered: Mapping[str, str] = field(default_factory=dict)
+    """Transports that were asked for and can't be offered: why not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +225,9 @@ class EngineStats:
     corrupt_blocks: int = 0
     leases: int = 0
     kv_bytes: Mapping[str, int] = field(default_factory=dict)
+    kv_traffic: tuple[Traffic, ...] = ()
+    kv_refused: int = 0
+    leases_expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +252,12 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Cancels what runs, frees everything, ends outputs()."""
 
-    def prefill(self, request: Request, hold: Hold) -> None:
+    def prefill(self, request: Request, hold: Hold, prefix: KvPrefix | None = None) -> None:
         """Queues a prompt. Raises EngineOverloadedError, or InvalidRequestError if it can't fit."""
 
-    def decode(self, request: Request, source: KvSource | None) -> None:
+    def decode(
+        self, request: Request, source: KvSource | None, prefix: KvPrefix | None = None
+    ) -> None:
         """Queues a request to generate for. Raises as prefill() does."""
 
     def proceed(self, request_id: str, first: FirstTokens) -> None:

@@ -12,15 +12,16 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
+from kvtransfer.policy import ExportPolicy
 from services.engine.api import Engine, KvEvents
-from services.engine.wire import stats_to
+from services.engine.wire import rules_to, stats_to
 from services.runtime.channels import Channels
 from services.runtime.settings import WorkerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
@@ -63,6 +64,9 @@ class WorkerIdentity:
     numerics: str = ""
     dp_ranks: int = 1
     pid: int = 0
+    export_policy: ExportPolicy = field(default_factory=ExportPolicy)
+    kv_transports: tuple[str, ...] = ()
+    kv_not_offered: Mapping[str, str] = field(default_factory=dict)
 
 
 class Registration:
@@ -226,6 +230,9 @@ class Registration:
             numerics=me.numerics,
             dp_ranks=me.dp_ranks,
             pid=me.pid,
+            export_rules=rules_to(me.export_policy),
+            kv_transports=me.kv_transports,
+            kv_not_offered=me.kv_not_offered,
         )
         return pb.RegisterRequest(hello=pb.Hello(info=info, stats=stats_to(self._engine.stats())))
 

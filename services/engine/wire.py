@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
+from kvtransfer.observe import Traffic
+from kvtransfer.policy import ExportPolicy
 from services.engine.api import (
     EngineFault,
     EngineStats,
     FinishReason,
+    KvPrefix,
     KvReport,
+    PrefixReport,
     Request,
     Sampling,
     TokenLogprob,
@@ -93,6 +98,20 @@ def logprobs_to(items: Iterable[TokenLogprob]) -> list[generation_pb2.TokenLogpr
     ]
 
 
+def prefix_from(message: generation_pb2.KvPrefix) -> KvPrefix | None:
+    """Who holds a prompt's start; None if the message names nobody."""
+    if not message.address:
+        return None
+    return KvPrefix(message.worker_id, message.address, message.tokens)
+
+
+def prefix_to(prefix: KvPrefix) -> generation_pb2.KvPrefix:
+    """The same for the wire."""
+    return generation_pb2.KvPrefix(
+        worker_id=prefix.worker_id, address=prefix.address, tokens=prefix.tokens
+    )
+
+
 def kv_to(report: KvReport) -> generation_pb2.KvReport:
     """What was done about a prompt's KV, for the wire."""
     return generation_pb2.KvReport(
@@ -104,12 +123,67 @@ def kv_to(report: KvReport) -> generation_pb2.KvReport:
         cached_tokens=report.cached_tokens,
         computed_tokens=report.computed_tokens,
         corrupt_blocks=report.corrupt_blocks,
+        lost=report.lost,
+        why=report.why,
+        prefix=None if report.prefix is None else _prefix_report_to(report.prefix),
+    )
+
+
+def _prefix_report_to(report: PrefixReport) -> generation_pb2.PrefixReport:
+    return generation_pb2.PrefixReport(
+        worker_id=report.worker_id,
+        tokens=report.tokens,
+        fetch_seconds=report.fetch_seconds,
+        compute_seconds=report.compute_seconds,
+        seconds=report.seconds,
+        reason=report.reason,
+    )
+
+
+def kv_from(message: generation_pb2.KvReport) -> KvReport:
+    """The same from the wire."""
+    return KvReport(
+        transport=message.transport,
+        bytes=message.bytes,
+        blocks=message.blocks,
+        seconds=message.seconds,
+        exposed_seconds=message.exposed_seconds,
+        cached_tokens=message.cached_tokens,
+        computed_tokens=message.computed_tokens,
+        corrupt_blocks=message.corrupt_blocks,
+        lost=message.lost,
+        why=message.why,
+        prefix=_prefix_report_from(message.prefix) if message.HasField("prefix") else None,
+    )
+
+
+def _prefix_report_from(message: generation_pb2.PrefixReport) -> PrefixReport:
+    return PrefixReport(
+        worker_id=message.worker_id,
+        tokens=message.tokens,
+        fetch_seconds=message.fetch_seconds,
+        compute_seconds=message.compute_seconds,
+        seconds=message.seconds,
+        reason=message.reason,
     )
 
 
 def fault_to(fault: EngineFault) -> generation_pb2.Error:
     """An error inside a stream that goes on for others."""
     return generation_pb2.Error(reason=fault.reason, message=fault.message, metadata=fault.metadata)
+
+
+def rules_to(policy: ExportPolicy) -> coordinator_pb2.ExportRules | None:
+    """Where a worker's KV may go, for the coordinator; None: anywhere."""
+    regions = policy.regions
+    if regions is None and not policy.tenant_regions:
+        return None
+    rules = coordinator_pb2.ExportRules()
+    if regions is not None:
+        rules.regions.names.extend(sorted(regions))
+    for tenant, names in policy.tenant_regions.items():
+        rules.tenant_regions[tenant].names.extend(names)
+    return rules
 
 
 def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
@@ -128,4 +202,16 @@ def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
         preempted=stats.preempted,
         kv_bytes=stats.kv_bytes,
         leases=stats.leases,
+        kv_traffic=[_traffic_to(traffic) for traffic in stats.kv_traffic],
+        kv_refused=stats.kv_refused,
+        leases_expired=stats.leases_expired,
+    )
+
+
+def _traffic_to(traffic: Traffic) -> coordinator_pb2.KvTraffic:
+    return coordinator_pb2.KvTraffic(
+        transport=traffic.transport,
+        peer=traffic.peer,
+        why=traffic.why,
+        **asdict(traffic.figures),
     )

@@ -15,6 +15,7 @@ import grpc
 
 from services.engine.api import Engine, TokenOutput
 from services.engine.build import build
+from services.engine.regions import export_policy
 from services.engine.registration import Registration, WorkerIdentity
 from services.runtime.channels import Channels
 from services.runtime.errors import EngineFailedError
@@ -64,7 +65,9 @@ async def serve_worker(
     Raises EngineFailedError if the engine's output ends while the process should serve: a worker
     that can't generate must not look alive.
     """
-    engine = build(settings.model, settings.engine, settings.kv, settings.server.host)
+    engine = build(
+        settings.model, settings.engine, settings.kv, settings.server.host, settings.worker.region
+    )
     await engine.start()
     try:
         await _serve_engine(role, engine, settings, ready, stop)
@@ -166,4 +169,7 @@ def _identity(role: Role, engine: Engine, settings: WorkerProcess, address: str)
         numerics=info.numerics,
         dp_ranks=info.dp_ranks,
         pid=os.getpid(),
+        export_policy=export_policy(settings.worker.region, settings.kv),
+        kv_transports=info.kv_transports,
+        kv_not_offered=info.kv_not_offered,
     )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from services.engine.api import Engine, FinishReason, Hold, TokenOutput
-from services.engine.wire import FINISH, kv_to, logprobs_to, request_from
+from services.engine.wire import FINISH, kv_to, logprobs_to, prefix_from, request_from
 from services.runtime.errors import DrainingError, DuplicateRequestError, by_reason
 from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
@@ -43,7 +43,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             )
         seconds = min(request.lease_ms / 1000 or self._lease_seconds, MAX_LEASE_SECONDS)
         answer: asyncio.Future[TokenOutput] = asyncio.get_running_loop().create_future()
-        self._engine.prefill(prompt, Hold(seconds))
+        self._engine.prefill(prompt, Hold(seconds), prefix_from(request.prefix))
         self._waiting[prompt.request_id] = answer
         handed_over = False
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvtransfer.policy import ExportPolicy
 from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.engine import SteppedEngine
@@ -12,7 +13,13 @@ class ScriptedEngine(SteppedEngine):
     """Tokens are a function of the tokens before them (and of the seed, if sampled)."""
 
     def __init__(
-        self, model: ModelSettings, engine: EngineSettings, kv: KvSettings, *, host: str
+        self,
+        model: ModelSettings,
+        engine: EngineSettings,
+        kv: KvSettings,
+        *,
+        host: str,
+        policy: ExportPolicy | None = None,
     ) -> None:
         def load() -> LoadedModel:
             scripted = ScriptedModel(
@@ -22,4 +29,4 @@ class ScriptedEngine(SteppedEngine):
             )
             return LoadedModel(scripted, model.name, CONTEXT_TOKENS, VOCABULARY, (EOS,))
 
-        super().__init__(load, engine, kv, host=host)
+        super().__init__(load, engine, kv, host=host, policy=policy)

@@ -15,9 +15,17 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
+from kvtransfer.bandwidth import Bandwidth
 from kvtransfer.endpoint import KvEndpoint
-from kvtransfer.errors import KvError, KvSourceLostError
+from kvtransfer.errors import (
+    CorruptBlockError,
+    KvError,
+    KvSourceLostError,
+    RegionDeniedError,
+    WrongTenantError,
+)
 from kvtransfer.keys import KeyChain, salt
+from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
 from services.engine.api import (
     EngineFault,
@@ -27,6 +35,7 @@ from services.engine.api import (
     FirstTokens,
     Hold,
     KvEvents,
+    KvPrefix,
     KvSource,
     Request,
     StepOutput,
@@ -34,7 +43,7 @@ from services.engine.api import (
 )
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
-from services.engine.stepped.scheduler import Fetch, Scheduler
+from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.engine.stepped.step import Stepper, StepResult
 from services.engine.stepped.thread import StepThread
@@ -49,16 +58,23 @@ from services.runtime.settings import EngineSettings, KvSettings
 
 log = logging.getLogger(__name__)
 
+_COMPUTED_INSTEAD = (KvSourceLostError, RegionDeniedError, WrongTenantError)
+"""Ways in which a prompt's KV may fail to come that say nothing against computing it."""
+
 MEBIBYTE = 2**20
+PEERS_REPORTED = 8
+"""Peers that most KV came from; the report goes out several times a second."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Request:
     """A live request as the event loop knows it."""
 
     serial: int
     prompt_tokens: int
     """Still to be computed here, as far as is known."""
+    proceeded: float | None = None
+    """When its first tokens came from prefill: since then it waits for its KV alone."""
 
 
 class SteppedEngine:
@@ -74,12 +90,15 @@ class SteppedEngine:
         kv: KvSettings,
         *,
         host: str,
+        policy: ExportPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load = load
         self._settings = engine
         self._kv_settings = kv
         self._host = host
+        self._policy = policy or ExportPolicy()
+        self._bandwidth = Bandwidth()
         self._clock = clock
         self._inbox = Inbox()
         self._serials = itertools.count(1)
@@ -108,6 +127,8 @@ class SteppedEngine:
             tcp_port=kv.tcp_port,
             lease_seconds=kv.lease_seconds,
             fetch_timeout_seconds=kv.fetch_timeout_seconds,
+            stall_seconds=kv.stall_seconds,
+            policy=self._policy,
             clock=self._clock,
         )
         await self.kv.start()
@@ -120,19 +141,16 @@ class SteppedEngine:
             vocabulary=loaded.vocabulary,
             eos_token_ids=loaded.eos_token_ids,
             numerics=loaded.model.numerics,
-        )
-        scheduler = Scheduler(
-            store,
-            block_tokens=store.layout.block_tokens,
-            chunk_tokens=settings.chunk_tokens,
-            max_running=settings.max_running,
+            kv_transports=self.kv.offered,
+            kv_not_offered=self.kv.not_offered,
         )
         self._stepper = Stepper(
             loaded.model,
             store,
-            scheduler,
+            settings,
             Limits(window, frozenset(loaded.eos_token_ids)),
             recompute_max_tokens=kv.recompute_max_tokens,
+            bandwidth=self._bandwidth,
             clock=self._clock,
         )
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
@@ -159,22 +177,25 @@ class SteppedEngine:
         self._kv_changed.set()
         self._outputs.put_nowait(None)
 
-    def prefill(self, request: Request, hold: Hold) -> None:
+    def prefill(self, request: Request, hold: Hold, prefix: KvPrefix | None = None) -> None:
         """Queues a prompt; its lease exists from now on."""
         self._check(request)
-        self._store.open_lease(request.request_id, hold.seconds)
-        self._submit(request, Role.PREFILL, None)
+        self._store.open_lease(request.request_id, hold.seconds, request.tenant)
+        self._submit(request, Role.PREFILL, None, prefix)
 
-    def decode(self, request: Request, source: KvSource | None) -> None:
+    def decode(
+        self, request: Request, source: KvSource | None, prefix: KvPrefix | None = None
+    ) -> None:
         """Queues a request to generate for."""
         self._check(request)
-        self._submit(request, Role.DECODE, source)
+        self._submit(request, Role.DECODE, source, prefix)
 
     def proceed(self, request_id: str, first: FirstTokens) -> None:
         """Gives a request that decode() took with a source its first tokens."""
         live = self._live.get(request_id)
         if live is not None:
-            self._inbox.put(Proceed(live.serial, first.token_ids, self._clock()))
+            live.proceeded = self._clock()
+            self._inbox.put(Proceed(live.serial, first.token_ids, live.proceeded))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, without another output, and frees what it holds, leases included."""
@@ -203,6 +224,7 @@ class SteppedEngine:
     def stats(self) -> EngineStats:
         """Now."""
         load, store = self._stepper.load, self._store.stats()
+        counters, fetched = self.kv.counters, self.kv.stats
         unseen = 0
         for request in reversed(self._live.values()):
             if request.serial <= load.serial:
@@ -219,9 +241,12 @@ class SteppedEngine:
             step_seconds=load.step_seconds,
             finished=load.finished,
             preempted=load.preempted,
-            corrupt_blocks=self.kv.counters.corrupt,
+            corrupt_blocks=counters.corrupt,
             leases=store.leases,
-            kv_bytes=dict(self.kv.counters.bytes),
+            kv_bytes=counters.bytes,
+            kv_traffic=(*fetched.transports, *fetched.peers(PEERS_REPORTED)),
+            kv_refused=counters.refused,
+            leases_expired=counters.expired,
         )
 
     def check_integrity(self) -> None:
@@ -255,11 +280,14 @@ class SteppedEngine:
                 "prompt_token_ids", wrong, f"token ids are 0 to {info.vocabulary - 1}"
             )
 
-    def _submit(self, request: Request, role: Role, source: KvSource | None) -> None:
+    def _submit(
+        self, request: Request, role: Role, source: KvSource | None, prefix: KvPrefix | None
+    ) -> None:
         layout = self._store.layout
         chain = KeyChain(salt(self._name, layout.fingerprint, request.tenant), layout.block_tokens)
         serial = next(self._serials)
-        sequence = Sequence.of(serial, request, role, chain, source)
+        prefix = prefix if self._kv_settings.prefix_fetch else None
+        sequence = Sequence.of(serial, request, role, chain, source, prefix)
         self._live[request.request_id] = _Request(serial, 0 if source else sequence.context)
         self._inbox.put(Submit(sequence))
 
@@ -322,9 +350,12 @@ class SteppedEngine:
             self._soon(self._kv_changed.set)
 
     async def _fetch(self, fetch: Fetch) -> FetchStopped:
-        """Moves the blocks; says what came of it. An error beyond losing the source is a fault."""
+        """Moves the blocks; says what came of it.
+
+        Raises the KvErrors that computing does not make up for.
+        """
         serial, source = fetch.sequence.serial, fetch.source
-        began = self._clock()
+        request, began = fetch.sequence.request, self._clock()
         try:
             report = await self.kv.fetch(
                 source.address,
@@ -332,26 +363,50 @@ class SteppedEngine:
                 fetch.keys,
                 fetch.blocks,
                 partial_last=fetch.partial_last,
+                timeout=fetch.timeout,
+                held_only=fetch.held_only,
+                tenant=request.tenant,
+                needed=lambda: began if fetch.held_only else self._proceeded(request.request_id),
             )
-        except KvSourceLostError as error:
-            log.warning("the KV of %s is lost: %s", source.lease_id, error.message)
-            arrived, ended = _leading(error.complete), self._clock()
-            return FetchStopped(
-                serial, arrived, seconds=ended - began, why=error.message, ended=ended
+        except KvError as error:
+            if not (fetch.held_only or isinstance(error, _COMPUTED_INSTEAD)):
+                raise
+            log.warning("no KV for %s: %s", source.lease_id, error.message)
+            complete = getattr(error, "complete", ())
+            stopped = FetchStopped(
+                serial,
+                _leading(complete),
+                blocks=sum(complete),
+                seconds=self._clock() - began,
+                lost=error.reason,
+                why=error.message,
+                ended=self._clock(),
             )
-        if report.corrupt_blocks:
-            log.warning("%s: %d corrupt KV blocks", source.lease_id, report.corrupt_blocks)
-        return FetchStopped(
-            serial,
-            _leading(report.complete),
-            transport=report.transport,
-            bytes=report.bytes,
-            blocks=report.blocks,
-            seconds=report.seconds,
-            corrupt_blocks=report.corrupt_blocks,
-            why=f"{report.corrupt_blocks} blocks were corrupt",
-            ended=report.ended,
-        )
+        else:
+            if report.corrupt_blocks:
+                log.warning("%s: %d corrupt KV blocks", source.lease_id, report.corrupt_blocks)
+            stopped = FetchStopped(
+                serial,
+                _leading(report.complete),
+                transport=report.transport,
+                bytes=report.bytes,
+                blocks=report.blocks,
+                seconds=report.seconds,
+                corrupt_blocks=report.corrupt_blocks,
+                choice=report.why,
+                lost=CorruptBlockError.reason if report.corrupt_blocks else "",
+                why=f"{report.corrupt_blocks} blocks were corrupt",
+                ended=report.ended,
+            )
+        if fetch.held_only and stopped.blocks:
+            # Nothing was waited for but the bytes: this is what the way there gives.
+            size = stopped.blocks * self._store.block_bytes
+            self._bandwidth.observe(source.address, size, stopped.seconds, stopped.ended)
+        return stopped
+
+    def _proceeded(self, request_id: str) -> float | None:
+        live = self._live.get(request_id)
+        return None if live is None else live.proceeded
 
     def _fetch_over(self, fetch: Fetch, task: asyncio.Task[FetchStopped]) -> None:
         """Also called for a task that was cancelled before it began."""

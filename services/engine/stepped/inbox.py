@@ -38,8 +38,9 @@ class Cancel:
 class FetchStopped:
     """A fetch is over: nothing writes into its blocks any more.
 
-    `arrived`: leading blocks that were verified. `fault`: why it can't be made up for by
-    computing, if it can't. `ended`: when, by the engine's clock.
+    `arrived`: leading blocks that were verified. `lost`: the reason code if not all were, `why` in
+    words. `fault`: why it can't be made up for by computing, if it can't. `ended`: when, by the
+    engine's clock. `choice`: why this transport.
     """
 
     serial: int
@@ -49,6 +50,8 @@ class FetchStopped:
     blocks: int = 0
     seconds: float = 0.0
     corrupt_blocks: int = 0
+    choice: str = ""
+    lost: str = ""
     why: str = ""
     fault: EngineFault | None = None
     ended: float = 0.0

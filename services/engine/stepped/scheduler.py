@@ -11,17 +11,20 @@ Rules, in the order they apply to every step:
 4. What then remains of the budget admits waiting sequences, strictly in order of arrival, while
    the pool has their blocks and one more for each sequence that decodes. Nothing is admitted in
    a step in which a sequence lacked a block.
+5. A sequence that is to compute a prompt whose start another worker holds may fetch that first;
+   whether it should is for somebody else to judge. It is asked once, at admission.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.errors import OutOfBlocksError
-from services.engine.api import KvSource
+from services.engine.api import KvPrefix, KvSource
 from services.engine.stepped.phases import Event, Phase
 from services.engine.stepped.sequence import Role, Sequence
 
@@ -67,6 +70,10 @@ class Fetch:
     blocks: tuple[int, ...] = ()
     partial_last: bool = False
     """The last block is an incomplete one, which is nobody's prefix."""
+    held_only: bool = False
+    """Of a prefix that may be there or not: what does not come is computed."""
+    timeout: float | None = None
+    """Seconds that it may take; None: what holds for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +87,24 @@ class Plan:
     """Back to waiting. One in phase RETURNING gets there when its fetch, to be stopped, has."""
 
 
+Judge = Callable[[Sequence, KvPrefix, int], float | None]
+"""Whether a sequence should fetch so many tokens of a prefix: seconds to try, None to compute."""
+
+
 class Scheduler:
     """Owns the queues and the phases of sequences; single-threaded."""
 
     def __init__(
-        self, pool: BlockSource, *, block_tokens: int, chunk_tokens: int, max_running: int
+        self,
+        pool: BlockSource,
+        *,
+        block_tokens: int,
+        chunk_tokens: int,
+        max_running: int,
+        judge: Judge,
     ) -> None:
         self._pool = pool
+        self._judge = judge
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._max_running = max_running
@@ -108,8 +126,8 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Prompt tokens to be computed here."""
         here = [s for s in self._waiting if s.source is None]
-        here += [s for s in self._admitted if s.phase is Phase.RUNNING]
-        return sum(max(0, s.context - s.computed) for s in here)
+        here += [s for s in self._admitted if s.phase in (Phase.RUNNING, Phase.FETCHING)]
+        return sum(max(0, s.context - self._covered(s)) for s in here)
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a new sequence, whose blocks fit into an empty pool."""
@@ -131,12 +149,14 @@ class Scheduler:
         fetches: list[Fetch] = []
         while not (starved or preempted or returning) and self._may_admit(left):
             sequence = self._waiting[0]
-            source = sequence.source
+            source, prefix = sequence.source, sequence.prefix
             if not self._admit(sequence):
                 break
             admitted.append(sequence)
             if source is not None:
                 fetches.append(self._fetch(sequence, source))
+            elif prefix is not None and sequence.phase is Phase.FETCHING:
+                fetches.append(self._prefix_fetch(sequence, prefix))
             if sequence.phase is Phase.RUNNING:
                 work.append(self._work(sequence, left))
                 left -= work[-1].count
@@ -170,7 +190,7 @@ class Scheduler:
         good = cached + arrived
         sequence.computed = min(good * self._block_tokens, sequence.context)
         sequence.fetched_tokens = sequence.computed - sequence.cached_tokens
-        if good < len(sequence.context_keys):
+        if good < sequence.fetch_until:
             self._pool.release(sequence.blocks[good:])
             del sequence.blocks[good:]
         self._park_if_done(sequence)
@@ -251,12 +271,33 @@ class Scheduler:
         sequence.computed = len(cached) * self._block_tokens
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
-        missing = sequence.source is not None and len(cached) < len(sequence.context_keys)
-        sequence.move(Event.ADMIT_FETCH if missing else Event.ADMIT)
+        sequence.fetch_until = self._fetch_until(sequence, usable)
+        fetching = sequence.fetch_until > len(cached)
+        sequence.move(Event.ADMIT_FETCH if fetching else Event.ADMIT)
         self._park_if_done(sequence)
-        # A source is asked once: its lease ends with the fetch.
-        sequence.source = None
+        # Either is asked once: a source's lease ends with the fetch, a prefix may be gone.
+        sequence.source = sequence.prefix = None
         return True
+
+    def _fetch_until(self, sequence: Sequence, usable: int) -> int:
+        """Blocks from the start that there will be once a fetch is over."""
+        cached = sequence.computed // self._block_tokens
+        if sequence.source is not None:
+            return len(sequence.context_keys)
+        if sequence.prefix is None:
+            return cached
+        held = min(sequence.prefix.tokens, usable) // self._block_tokens
+        if held <= cached:
+            return cached
+        tokens = (held - cached) * self._block_tokens
+        sequence.fetch_timeout = self._judge(sequence, sequence.prefix, tokens)
+        return cached if sequence.fetch_timeout is None else held
+
+    def _covered(self, sequence: Sequence) -> int:
+        """Tokens whose KV is here or on its way."""
+        if sequence.phase is Phase.FETCHING:
+            return sequence.fetch_until * self._block_tokens
+        return sequence.computed
 
     def _fetch(self, sequence: Sequence, source: KvSource) -> Fetch:
         if sequence.phase is not Phase.FETCHING:
@@ -268,6 +309,19 @@ class Scheduler:
             keys=sequence.context_keys[cached:],
             blocks=tuple(sequence.blocks[cached:wanted]),
             partial_last=sequence.context % self._block_tokens != 0,
+        )
+
+    def _prefix_fetch(self, sequence: Sequence, prefix: KvPrefix) -> Fetch:
+        cached = sequence.computed // self._block_tokens
+        # Attempts have names of their own, and sequences numbers: no lease is ever asked for twice.
+        lease = f"{sequence.request.request_id}/prefix-{sequence.serial}"
+        return Fetch(
+            sequence,
+            KvSource(prefix.worker_id, prefix.address, lease),
+            keys=tuple(sequence.chain.keys[cached : sequence.fetch_until]),
+            blocks=tuple(sequence.blocks[cached : sequence.fetch_until]),
+            held_only=True,
+            timeout=sequence.fetch_timeout,
         )
 
     def _work(self, sequence: Sequence, budget: int) -> Work:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvtransfer.keys import KeyChain
-from services.engine.api import FinishReason, KvSource, Request
+from services.engine.api import FinishReason, KvPrefix, KvSource, Request
 from services.engine.stepped.phases import Event, Phase, after
 
 
@@ -36,7 +36,8 @@ class Sequence:
     of them. With `held_back`, the next token comes from prefill by proceed(), not from here.
     `context_keys` are the keys of all blocks of the request's tokens, an incomplete last one
     included: what a sink fetches. `cached_tokens` of these tokens had KV here on arrival,
-    `fetched_tokens` got it from a source.
+    `fetched_tokens` got it from a source. `prefix` is a worker that may hold some of it, until one
+    has been asked, for `fetch_timeout` seconds at most. A fetch fills `blocks` up to `fetch_until`.
     """
 
     serial: int
@@ -44,6 +45,7 @@ class Sequence:
     role: Role
     chain: KeyChain
     source: KvSource | None = None
+    prefix: KvPrefix | None = None
     phase: Phase = Phase.WAITING
     held_back: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -52,14 +54,22 @@ class Sequence:
     context_keys: tuple[bytes, ...] = ()
     cached_tokens: int = 0
     fetched_tokens: int = 0
+    fetch_until: int = 0
+    fetch_timeout: float | None = None
     preemptions: int = 0
 
     @classmethod
     def of(
-        cls, serial: int, request: Request, role: Role, chain: KeyChain, source: KvSource | None
+        cls,
+        serial: int,
+        request: Request,
+        role: Role,
+        chain: KeyChain,
+        source: KvSource | None,
+        prefix: KvPrefix | None = None,
     ) -> Sequence:
         """A new one, waiting. `chain` is empty yet and salted for the request's tenant."""
-        sequence = cls(serial, request, role, chain, source, held_back=source is not None)
+        sequence = cls(serial, request, role, chain, source, prefix, held_back=source is not None)
         sequence.append(request.token_ids)
         tail = chain.partial_key()
         sequence.context_keys = tuple(chain.keys) + ((tail,) if tail else ())

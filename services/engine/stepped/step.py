@@ -5,22 +5,39 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtransfer.bandwidth import Bandwidth
+from kvtransfer.errors import RegionDeniedError, WrongTenantError
 from kvtransfer.store import KvStore
-from services.engine.api import EngineFault, FinishReason, KvReport, TokenOutput
+from services.engine.api import (
+    EngineFault,
+    FinishReason,
+    KvPrefix,
+    KvReport,
+    PrefixReport,
+    TokenOutput,
+)
 from services.engine.stepped.batch import Model, batch_of
 from services.engine.stepped.inbox import Cancel, Command, FetchStopped, Proceed, Submit
 from services.engine.stepped.phases import Phase
+from services.engine.stepped.prefix import Verdict, judge
 from services.engine.stepped.rates import Rates
 from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
+
+
+_DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
+
+_Block = tuple[Sequence, int, bytes]
+"""Whose, which, and what is in it."""
 
 
 @dataclass(slots=True)
@@ -29,7 +46,10 @@ class _Live:
 
     sequence: Sequence
     occurrences: Occurrences | None = None
+    fetch: Fetch | None = None
     fetched: FetchStopped | None = None
+    verdict: Verdict | None = None
+    leased: bool = False
     proceeded: float = 0.0
     reported: bool = False
 
@@ -69,18 +89,26 @@ class Stepper:
         self,
         model: Model,
         store: KvStore,
-        scheduler: Scheduler,
+        settings: EngineSettings,
         limits: Limits,
         *,
         recompute_max_tokens: int,
+        bandwidth: Bandwidth,
         clock: Callable[[], float],
     ) -> None:
         self.load = Load()
         self._model = model
         self._store = store
-        self._scheduler = scheduler
+        self._scheduler = Scheduler(
+            store,
+            block_tokens=store.layout.block_tokens,
+            chunk_tokens=settings.chunk_tokens,
+            max_running=settings.max_running,
+            judge=self._judge,
+        )
         self._limits = limits
         self._recompute_max_tokens = recompute_max_tokens
+        self._bandwidth = bandwidth
         self._clock = clock
         self._block_tokens = store.layout.block_tokens
         self._live: dict[int, _Live] = {}
@@ -116,10 +144,10 @@ class Stepper:
             s.serial for s in plan.preempted if s.phase is Phase.RETURNING
         ]
         self._result.fetches += plan.fetches
-        for sequence in plan.admitted:
-            if sequence.role is Role.PREFILL:
-                lease = sequence.request.request_id
-                self._store.lease_add(lease, sequence.blocks, sequence.context_keys)
+        for fetch in plan.fetches:
+            self._live[fetch.sequence.serial].fetch = fetch
+        for work in plan.work:
+            self._lease(work.sequence)
         return plan
 
     def run(self, plan: Plan) -> None:
@@ -162,6 +190,22 @@ class Stepper:
         """The same for every live request."""
         self.fail([live.sequence for live in self._live.values()], error)
 
+    def _lease(self, sequence: Sequence) -> None:
+        """Puts a prompt's blocks under its lease once they are all its own and won't change."""
+        live = self._live[sequence.serial]
+        if sequence.role is Role.PREFILL and not live.leased:
+            live.leased = True
+            request = sequence.request
+            self._store.lease_add(request.request_id, sequence.blocks, sequence.context_keys)
+
+    def _judge(self, sequence: Sequence, prefix: KvPrefix, tokens: int) -> float | None:
+        """Whether to fetch a prefix; see scheduler.Judge."""
+        size = tokens // self._block_tokens * self._store.block_bytes
+        estimate = self._bandwidth.estimate(prefix.address, size, self._clock())
+        verdict = judge(prefix, tokens, estimate, self._rates.prefill_tokens_per_second)
+        self._live[sequence.serial].verdict = verdict
+        return verdict.timeout if verdict.fetch else None
+
     # Commands
 
     def _submit(self, sequence: Sequence) -> None:
@@ -193,12 +237,16 @@ class Stepper:
                 del self._live[stopped.serial]
             return
         live.fetched = stopped
+        if live.fetch is not None and live.fetch.held_only:
+            # What did not come is computed, as all of it would have been.
+            self._scheduler.fetch_stopped(sequence, stopped.arrived)
+            return
         have = sequence.computed + stopped.arrived * self._block_tokens
         missing = max(0, sequence.context - have)
         fault = stopped.fault
         if fault is None and missing > self._recompute_max_tokens:
             fault = EngineFault(
-                "KV_SOURCE_LOST",
+                stopped.lost if stopped.lost in _DENIED else "KV_SOURCE_LOST",
                 f"{missing} tokens of KV did not arrive ({stopped.why}), more than are recomputed",
                 {"missing_tokens": str(missing), "allowed": str(self._recompute_max_tokens)},
             )
@@ -215,39 +263,38 @@ class Stepper:
         """Runs the model, makes finished blocks readable, samples a row for each Work.sample."""
         store = self._store
         full, tails = self._completed(plan.work)
-        for block, key in full + tails:
-            store.begin(block, key)
+        for sequence, block, key in full + tails:
+            store.begin(block, key, sequence.request.tenant)
 
         def announce(first_layer: int, layers: int) -> None:
-            for block, _ in full + tails:
+            for _, block, _ in full + tails:
                 store.piece_done(block, first_layer, layers)
 
         after_layers = announce if full or tails else None
         logits = self._model.forward(batch_of(plan.work), after_layers, store.layers_per_piece)
-        for block, _ in full:
+        for _, block, _ in full:
             store.commit(block)
         for work in plan.work:
             if work.sequence.role is Role.PREFILL and work.end >= work.sequence.context:
                 store.lease_complete(work.sequence.request.request_id)
         return self._sample(logits, [w.sequence for w in plan.work if w.sample])
 
-    def _completed(
-        self, works: Seq[Work]
-    ) -> tuple[list[tuple[int, bytes]], list[tuple[int, bytes]]]:
-        """Blocks (and keys) whose last token the step computes; prompts' incomplete last blocks."""
-        full, tails = [], []
+    def _completed(self, works: Seq[Work]) -> tuple[list[_Block], list[_Block]]:
+        """Blocks whose last token the step computes; prompts' incomplete last blocks."""
+        full: list[_Block] = []
+        tails: list[_Block] = []
         for work in works:
             sequence = work.sequence
             first, last = work.start // self._block_tokens, work.end // self._block_tokens
-            full += list(
-                zip(sequence.blocks[first:last], sequence.chain.keys[first:last], strict=True)
-            )
+            full += [
+                (sequence, sequence.blocks[i], sequence.chain.keys[i]) for i in range(first, last)
+            ]
             if (
                 sequence.role is Role.PREFILL
                 and work.end == sequence.context
                 and work.end % self._block_tokens
             ):
-                tails.append((sequence.blocks[last], sequence.context_keys[last]))
+                tails.append((sequence, sequence.blocks[last], sequence.context_keys[last]))
         return full, tails
 
     def _sample(
@@ -342,16 +389,38 @@ def _report(live: _Live) -> KvReport:
     sequence, fetched = live.sequence, live.fetched
     have = min(sequence.computed, sequence.context)
     computed = max(0, have - sequence.cached_tokens - sequence.fetched_tokens)
+    report = KvReport(
+        cached_tokens=sequence.cached_tokens,
+        computed_tokens=computed,
+        prefix=_prefix_report(live),
+    )
     if fetched is None:
-        return KvReport(cached_tokens=sequence.cached_tokens, computed_tokens=computed)
-    exposed = 0.0 if sequence.held_back else max(0.0, fetched.ended - live.proceeded)
-    return KvReport(
+        return report
+    of_prefix = live.fetch is not None and live.fetch.held_only
+    waited = not (of_prefix or sequence.held_back)
+    return replace(
+        report,
         transport=fetched.transport,
         bytes=fetched.bytes,
         blocks=fetched.blocks,
         seconds=fetched.seconds,
-        exposed_seconds=exposed,
-        cached_tokens=sequence.cached_tokens,
-        computed_tokens=computed,
+        exposed_seconds=max(0.0, fetched.ended - live.proceeded) if waited else 0.0,
         corrupt_blocks=fetched.corrupt_blocks,
+        lost=f"{fetched.lost}: {fetched.why}" if fetched.lost else "",
+        why=fetched.choice,
     )
+
+
+def _prefix_report(live: _Live) -> PrefixReport | None:
+    verdict, fetched = live.verdict, live.fetched
+    if verdict is None:
+        return None
+    if not verdict.fetch:
+        return verdict.report(0, 0.0, "computed")
+    if fetched is None:
+        return verdict.report(0, 0.0, "computed, since the fetch was stopped")
+    tokens = live.sequence.fetched_tokens
+    if not fetched.lost:
+        return verdict.report(tokens, fetched.seconds, f"fetched in {fetched.seconds:.3f} s")
+    outcome = f"{tokens} tokens came, then {fetched.lost}: {fetched.why}"
+    return verdict.report(tokens, fetched.seconds, outcome)

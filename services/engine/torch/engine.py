@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
+from kvtransfer.policy import ExportPolicy
 from services.engine.models.folder import resolve
 from services.engine.stepped.batch import AfterLayers, LoadedModel, StepBatch
 from services.engine.stepped.engine import SteppedEngine
@@ -17,9 +18,15 @@ class TorchEngine(SteppedEngine):
     """See api.Engine. start() raises what resolve() and LlamaModel.load() raise."""
 
     def __init__(
-        self, model: ModelSettings, engine: EngineSettings, kv: KvSettings, *, host: str
+        self,
+        model: ModelSettings,
+        engine: EngineSettings,
+        kv: KvSettings,
+        *,
+        host: str,
+        policy: ExportPolicy | None = None,
     ) -> None:
-        super().__init__(lambda: _load(model, engine), engine, kv, host=host)
+        super().__init__(lambda: _load(model, engine), engine, kv, host=host, policy=policy)
 
 
 class _Steps:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvtransfer.errors import OutOfBlocksError
 from kvtransfer.keys import KeyChain
 from kvtransfer.pool import BlockPool
-from services.engine.api import KvSource, Request, Sampling
+from services.engine.api import KvPrefix, KvSource, Request, Sampling
 from services.engine.stepped.phases import Event, Phase, after
 from services.engine.stepped.scheduler import Scheduler
 from services.engine.stepped.sequence import Role, Sequence
@@ -57,19 +57,27 @@ class Engine:
         self.pool = Pool(blocks)
         self.chunk, self.running = chunk, running
         self.scheduler = Scheduler(
-            self.pool, block_tokens=BLOCK_TOKENS, chunk_tokens=chunk, max_running=running
+            self.pool,
+            block_tokens=BLOCK_TOKENS,
+            chunk_tokens=chunk,
+            max_running=running,
+            judge=lambda sequence, prefix, tokens: self.patience,
         )
+        self.patience: float | None = 1.0
+        """What the judge says of every prefix."""
+        self.leased: set[int] = set()
         self.serial = 0
         self.live: dict[int, Sequence] = {}
         self.ended: list[int] = []
         self.fetching: dict[int, Sequence] = {}
         self.steps = 0
 
-    def submit(self, prompt, max_tokens, role=Role.DECODE, source=None) -> Sequence:
+    def submit(self, prompt, max_tokens, role=Role.DECODE, source=None, held=0) -> Sequence:
         self.serial += 1
         request = Request(str(self.serial), tuple(prompt), Sampling(max_tokens=max_tokens))
+        prefix = KvPrefix("p", "peer", held) if held else None
         sequence = Sequence.of(
-            self.serial, request, role, KeyChain(b"salt" * 4, BLOCK_TOKENS), source
+            self.serial, request, role, KeyChain(b"salt" * 4, BLOCK_TOKENS), source, prefix
         )
         self.live[self.serial] = sequence
         self.scheduler.submit(sequence)
@@ -88,11 +96,13 @@ class Engine:
         for fetch in plan.fetches:
             if fetch.keys:
                 self.fetching[fetch.sequence.serial] = fetch.sequence
-        for sequence in plan.admitted:
-            if sequence.role is Role.PREFILL:
-                self.pool.lease(sequence.blocks)
         for work in plan.work:
             s = work.sequence
+            if s.role is Role.PREFILL and s.serial not in self.leased:
+                # From now on they are promised to a sink: they must be all there is to come.
+                assert len(s.blocks) * BLOCK_TOKENS >= s.context
+                self.leased.add(s.serial)
+                self.pool.lease(s.blocks)
             first, last = work.start // BLOCK_TOKENS, work.end // BLOCK_TOKENS
             for i in range(first, last):
                 assert self.pool.books.references(s.blocks[i]) == 1 or s.role is Role.PREFILL
@@ -195,9 +205,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         if early:
             self.engine.scheduler.proceed(sequence, [1])
 
-    @rule(prompt=prompts)
-    def submit_prefill(self, prompt):
-        self.engine.submit(prompt[: self.capacity // 2], 1, role=Role.PREFILL)
+    @rule(prompt=prompts, held=st.integers(0, 30))
+    def submit_prefill(self, prompt, held):
+        self.engine.submit(prompt[: self.capacity // 2], 1, role=Role.PREFILL, held=held)
+
+    @rule(prompt=prompts, tokens=st.integers(1, 30), held=st.integers(1, 30))
+    def submit_with_prefix(self, prompt, tokens, held):
+        self.engine.submit(*self.fitting(prompt, tokens), held=held)
+
+    @rule(patience=st.sampled_from([1.0, None]))
+    def judge(self, patience):
+        self.engine.patience = patience
 
     @rule()
     def step(self):
@@ -220,7 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fetch_stops(self, data):
         serial = data.draw(st.sampled_from(sorted(self.engine.fetching)))
         sequence = self.engine.fetching.pop(serial)
-        asked = len(sequence.context_keys) - sequence.computed // BLOCK_TOKENS
+        asked = sequence.fetch_until - sequence.computed // BLOCK_TOKENS
         arrived = data.draw(st.integers(0, asked))
         if sequence.phase is Phase.FETCHING:  # the endpoint has committed what is complete
             first = sequence.computed // BLOCK_TOKENS
@@ -403,6 +421,58 @@ def test_blocks_after_a_hole_are_computed_into_fresh_ones():
     engine.check()
     assert blocks[2] not in sequence.blocks
     assert sequence.phase is Phase.PARKED
+
+
+def test_a_prefix_is_fetched_where_that_is_judged_better_and_the_rest_computed():
+    engine = Engine(blocks=20, chunk=100, running=4)
+    engine.submit([5] * 8, 1)
+    engine.step()
+    sequence = engine.submit([5] * 22, 1, role=Role.PREFILL, held=18)
+    plan = engine.step()
+    (fetch,) = plan.fetches
+    assert (fetch.held_only, fetch.timeout, fetch.source.address) == (True, 1.0, "peer")
+    assert fetch.keys == tuple(sequence.chain.keys[2:4])  # 16 tokens of 18 are whole blocks
+    assert fetch.blocks == tuple(sequence.blocks[2:4])
+    assert not plan.work
+    assert engine.scheduler.queued_tokens == 6
+    blocks = list(sequence.blocks)
+    engine.scheduler.fetch_stopped(engine.fetching.pop(sequence.serial), 2)
+    assert sequence.blocks == blocks
+    assert (sequence.computed, sequence.cached_tokens, sequence.fetched_tokens) == (16, 8, 8)
+    assert [(w.start, w.count, w.sample) for w in engine.step().work] == [(16, 6, True)]
+
+
+def test_a_prefix_of_the_whole_prompt_leaves_a_token_to_compute():
+    engine = Engine(blocks=20, chunk=100, running=4)
+    sequence = engine.submit([5] * 8, 1, role=Role.PREFILL, held=8)
+    (fetch,) = engine.step().fetches
+    assert len(fetch.keys) == 1
+    engine.scheduler.fetch_stopped(engine.fetching.pop(sequence.serial), 1)
+    assert [(w.start, w.count) for w in engine.step().work] == [(4, 4)]
+
+
+def test_a_prefix_is_asked_for_once_and_what_does_not_come_is_computed():
+    engine = Engine(blocks=20, chunk=100, running=4)
+    sequence = engine.submit([5] * 22, 1, role=Role.PREFILL, held=20)
+    assert engine.step().fetches
+    engine.pool.seal(sequence.blocks[2], sequence.chain.keys[2])  # one after the hole
+    engine.scheduler.fetch_stopped(engine.fetching.pop(sequence.serial), 1)
+    plan = engine.step()
+    assert not plan.fetches
+    assert [(w.start, w.end) for w in plan.work] == [(4, 22)]
+    engine.check()
+
+
+@pytest.mark.parametrize(("held", "patience"), [(8, 1.0), (11, 1.0), (20, None)])
+def test_a_prefix_that_is_here_or_not_worth_it_is_not_fetched(held, patience):
+    engine = Engine(blocks=20, chunk=100, running=4)
+    engine.submit([5] * 8, 1)
+    engine.step()
+    engine.patience = patience
+    engine.submit([5] * 22, 1, role=Role.PREFILL, held=held)
+    plan = engine.step()
+    assert not plan.fetches
+    assert [(w.start, w.end) for w in plan.work] == [(8, 22)]
 
 
 def test_what_the_table_does_not_have_is_refused():

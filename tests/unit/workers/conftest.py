@@ -17,6 +17,7 @@ from services.engine.api import (
     FirstTokens,
     Hold,
     KvEvents,
+    KvPrefix,
     KvSource,
     Request,
     StepOutput,
@@ -30,6 +31,7 @@ class PuppetEngine(Engine):
     def __init__(self) -> None:
         self.calls: list[tuple] = []
         self.refuse: Exception | None = None
+        self.prefixes: dict[str, KvPrefix | None] = {}
         self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         self.called = asyncio.Condition()
 
@@ -61,14 +63,18 @@ class PuppetEngine(Engine):
     def named(self, name: str) -> list[tuple]:
         return [c for c in self.calls if c[0] == name]
 
-    def prefill(self, request: Request, hold: Hold) -> None:
+    def prefill(self, request: Request, hold: Hold, prefix: KvPrefix | None = None) -> None:
         if self.refuse:
             raise self.refuse
+        self.prefixes[request.request_id] = prefix
         self._note("prefill", request, hold)
 
-    def decode(self, request: Request, source: KvSource | None) -> None:
+    def decode(
+        self, request: Request, source: KvSource | None, prefix: KvPrefix | None = None
+    ) -> None:
         if self.refuse:
             raise self.refuse
+        self.prefixes[request.request_id] = prefix
         self._note("decode", request, source)
 
     def proceed(self, request_id: str, first: FirstTokens) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from services.engine.api import EngineFault, FinishReason, Hold, KvReport, TokenOutput
+from services.engine.api import (
+    EngineFault,
+    FinishReason,
+    Hold,
+    KvPrefix,
+    KvReport,
+    PrefixReport,
+    TokenOutput,
+)
+from services.engine.wire import kv_from
 from services.prefill.service import PrefillServicer
 from services.runtime.errors import EngineOverloadedError, from_rpc
 from tandem.generation.v1 import generation_pb2
@@ -46,6 +55,23 @@ async def test_accepted_then_done_and_the_kv_stays_for_the_sink(world):
     assert await call.read() is grpc.aio.EOF
     assert engine.named("cancel") == []
     assert servicer.live == 0
+
+
+async def test_who_holds_the_start_reaches_the_engine_and_what_came_of_it_the_caller(world):
+    engine, servicer, stub = world
+    message = request()
+    message.prefix.CopyFrom(generation_pb2.KvPrefix(worker_id="decode-1", address="h:1", tokens=2))
+    call = stub.Prefill(message)
+    await call.read()
+    assert engine.prefixes == {"a/0": KvPrefix("decode-1", "h:1", 2)}
+    told = PrefixReport("decode-1", 2, 0.25, 0.5, 0.125, "fetched")
+    report = KvReport("shm", 10, 1, 0.125, lost="CORRUPT_BLOCK: 1", why="best", prefix=told)
+    servicer.deliver((TokenOutput("a/0", (9,), kv=report, prefill_done=True),))
+    done = (await call.read()).done
+    assert kv_from(done.kv) == report
+    await call.read()
+    await stub.Prefill(request("b/0")).read()
+    assert engine.prefixes["b/0"] is None
 
 
 async def test_a_first_token_that_ends_the_request_frees_the_kv(world):
