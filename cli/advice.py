@@ -41,6 +41,8 @@ ADVICE = {
     "kv.transports.",
     "CORRUPT_BLOCK": "Nothing: the block was not used and is computed again. If it is frequent, "
     "suspect memory or network.",
+    "KV_TIER_UNUSABLE": "Give the worker a folder of its own with room for kv.disk_tier_mib, or "
+    "turn the disk tier off (0).",
     "KV_ERROR": "Update both sides: one reported an error that the other does not know.",
     "MODEL_NOT_FOUND": "`tandem models fetch` brings the models it knows; for another one set "
     "model.path.",

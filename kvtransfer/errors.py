@@ -141,3 +141,10 @@ class CorruptBlockError(KvError):
 
     reason = "CORRUPT_BLOCK"
     code = "DATA_LOSS"
+
+
+class TierUnusableError(KvError):
+    """A folder can't be a tier: another process has it, or the disk can't or may not hold it."""
+
+    reason = "KV_TIER_UNUSABLE"
+    code = "FAILED_PRECONDITION"
