@@ -16,8 +16,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from kvtransfer.errors import OutOfBlocksError
+
+
+class PoolWatcher(Protocol):
+    """Told of what becomes of committed blocks, as it happens."""
+
+    def committed(self, block: int, key: bytes) -> None:
+        """A held block entered the index."""
+
+    def cached(self, block: int, key: bytes) -> None:
+        """Held became cached: now the most recently used."""
+
+    def taken(self, block: int, key: bytes) -> None:
+        """Cached became held."""
+
+    def left(self, block: int, key: bytes) -> None:
+        """It left the index."""
 
 
 class BlockPool:
@@ -25,6 +42,7 @@ class BlockPool:
 
     def __init__(self, blocks: int) -> None:
         self.total = blocks
+        self.watcher: PoolWatcher | None = None
         self.evicted = 0
         """Cached blocks evicted so far."""
         # A stack: what was used last is warm, and memory never needed is never touched.
@@ -79,6 +97,10 @@ class BlockPool:
     def keys(self) -> list[bytes]:
         """Every committed key."""
         return list(self._index)
+
+    def committed_blocks(self) -> dict[int, tuple[bytes, bool]]:
+        """Every committed block: its key, and whether it is held."""
+        return {b: (key, self._references[b] > 0) for key, b in self._index.items()}
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Blocks of the longest committed prefix of `keys`, one reference taken on each."""
@@ -167,6 +189,8 @@ class BlockPool:
         if key in self._index:
             return False
         self._index[key] = block
+        if self.watcher is not None:
+            self.watcher.committed(block, key)
         return True
 
     def check_integrity(self) -> None:
@@ -189,6 +213,8 @@ class BlockPool:
     def _reference(self, block: int) -> None:
         if not self._references[block]:
             del self._cached[block]
+            if self.watcher is not None:
+                self.watcher.taken(block, self._key(block))
         self._references[block] += 1
 
     def _undo_release(self, blocks: Sequence[int]) -> None:
@@ -198,14 +224,22 @@ class BlockPool:
     def _retire(self, block: int) -> None:
         if self.committed(block):
             self._cached[block] = None
+            if self.watcher is not None:
+                self.watcher.cached(block, self._key(block))
         else:
             self._keys[block] = None
             self._free.append(block)
 
     def _unindex(self, block: int) -> bytes:
+        key = self._key(block)
+        del self._index[key]
+        if self.watcher is not None:
+            self.watcher.left(block, key)
+        return key
+
+    def _key(self, block: int) -> bytes:
         key = self._keys[block]
         assert key is not None
-        del self._index[key]
         return key
 
     def _require_held(self, blocks: Sequence[int]) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -27,7 +29,12 @@ from kvtransfer.news import ChangeLog, StoreEvents
 from kvtransfer.pieces import Piece, PieceGrid
 from kvtransfer.pool import BlockPool
 from kvtransfer.scratch import SCRATCH_BYTES, Scratch, SegmentPlan
+from kvtransfer.tiers.base import Label, TierStats
+from kvtransfer.tiers.books import SpillBooks
 from kvtransfer.watches import Watch, WatchTable, lost
+
+if TYPE_CHECKING:
+    from kvtransfer.tiers.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,21 @@ class StoreStats:
     """Leases that expired since the start."""
     watches: int
     """Fetches being served."""
+    lost: int = 0
+    """Of the evicted, those that no tier had; without tiers, 0."""
+    restored: int = 0
+    """Blocks brought back from tiers."""
+    tiers: tuple[TierStats, ...] = ()
+    """From the top."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """A committed block to be copied to the top tier, as it was when it was chosen."""
+
+    block: int
+    generation: int
+    label: Label
 
 
 class KvStore:
@@ -92,6 +114,9 @@ class KvStore:
         self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
         self._log = ChangeLog()
         self._expired = 0
+        self.tiers: Tiers | None = None
+        """Where evicted blocks go, see attach()."""
+        self._books: SpillBooks | None = None
         self._listeners: list[Callable[[], None]] = []
 
     # Blocks
@@ -111,9 +136,11 @@ class KvStore:
             for block in blocks:
                 self._ready[block] = 0
                 self._generations[block] = self._pool.generation(block)
-            self._log.note(removed, stored=False)
+            self._note_removed(removed)
         if removed:
             self._changed()
+        if self.tiers is not None:
+            self.tiers.nudge()
         return blocks
 
     def retain(self, blocks: Sequence[int]) -> None:
@@ -148,7 +175,7 @@ class KvStore:
                 self._generations[block] = self._pool.generation(block)
                 self._tenants[block] = tenant
             if removed is not None:
-                self._log.note([removed], stored=False)
+                self._note_removed([removed])
         if removed is not None:
             self._changed()
 
@@ -188,7 +215,7 @@ class KvStore:
                 raise ValueError(f"block {block} is not complete")
             entered = self._pool.commit(block)
             key = self._pool.key(block)
-            if entered and key is not None:
+            if entered and key is not None and not self._in_tier(key):
                 self._log.note([key], stored=True)
         if entered:
             self._changed()
@@ -332,21 +359,100 @@ class KvStore:
             self._watches.remove(watch)
         self._changed()
 
+    # Tiers
+
+    def attach(self, tiers: Tiers, books: SpillBooks) -> None:
+        """Blocks go to `tiers` before they are evicted, and come back from there.
+
+        To be called once, before anything is in the pool. Raises ValueError.
+        """
+        with self._lock:
+            if self._books is not None or self._pool.free < self._pool.total:
+                raise ValueError("tiers belong to a pool from its beginning")
+            self.tiers, self._books, self._pool.watcher = tiers, books, books
+            self._log.restart()
+
+    def next_spill(self) -> Spill | None:
+        """What to copy to the top tier next, if anything should be now."""
+        with self._lock:
+            if self._books is None:
+                return None
+            block = self._books.next(self._pool.free, self._pool.available)
+            key = None if block is None else self._pool.key(block)
+            if block is None or key is None:
+                return None
+            checksums = self._checksums[block].astype("<u8", copy=False).tobytes()
+            label = Label(key, self._tenants[block], checksums)
+            return Spill(block, self._pool.generation(block), label)
+
+    def unchanged(self, spill: Spill) -> bool:
+        """Whether the block has had the same content all the time since next_spill()."""
+        with self._lock:
+            return self._pool.generation(spill.block) == spill.generation
+
+    def set_tiers(self, levels: Mapping[bytes, int | None]) -> None:
+        """Where in the tiers keys are now, 0 is the top, or that they are in none.
+
+        For one caller at a time, who saw it in the tiers.
+        """
+        with self._lock:
+            if self._books is None:
+                return
+            before = {key: self._announced(key) for key in levels}
+            found = {key: self._pool.find(key) for key in levels}
+            blocks = {
+                key: (block, self._pool.references(block) > 0)
+                for key, block in found.items()
+                if block is not None
+            }
+            self._books.set_levels(levels, blocks)
+            after = {key: self._announced(key) for key in levels}
+            self._log.note([k for k in levels if after[k] > before[k]], stored=True)
+            self._log.note([k for k in levels if after[k] < before[k]], stored=False)
+        if after != before:
+            self._changed()
+
+    def in_tiers(self, keys: Sequence[bytes]) -> int:
+        """How many leading ones of `keys` are in a tier."""
+        with self._lock:
+            return sum(1 for _ in takewhile(self._in_tier, keys))
+
+    def hold_for_restore(self, lease_id: str, keys: Sequence[bytes]) -> dict[bytes, int | None]:
+        """Prepares for a fetch of `keys` that has no lease yet: each key's block, None if it lacks.
+
+        Takes one reference on each block. Those lacking are to be brought back from a tier. Empty,
+        and nothing held, if nothing is to be brought back: because the lease is known, or all are
+        in the pool, or some are neither in the pool nor in a tier.
+        """
+        with self._lock:
+            found = {key: self._pool.find(key) for key in keys}
+            lacking = [key for key, block in found.items() if block is None]
+            known = self._leases.state(lease_id) is not LeaseState.UNKNOWN
+            if known or not lacking or not all(map(self._in_tier, lacking)):
+                return {}
+            for key in found.keys() - set(lacking):
+                self._pool.match([key])
+            return found
+
+    def restored(self, lease_id: str, keys: Sequence[bytes]) -> AbstractAsyncContextManager[None]:
+        """Within it, blocks of `keys` that only a tier has are in the pool: for watch()."""
+        return nullcontext() if self.tiers is None else self.tiers.restored(lease_id, keys)
+
     # News and proofs
 
     def events(self) -> StoreEvents:
-        """Changes of the cached keys since the last call. For one consumer.
+        """Changes since the last call of the keys that the pool or a tier has. For one consumer.
 
         They are net changes; the first answer is a snapshot.
         """
         with self._lock:
-            return self._log.drain(self._pool.keys)
+            return self._log.drain(self._keys)
 
     def snapshot(self) -> StoreEvents:
-        """All cached keys; events() then goes on from here."""
+        """All keys that the pool or a tier has; events() then goes on from here."""
         with self._lock:
             self._log.restart()
-            return self._log.drain(self._pool.keys)
+            return self._log.drain(self._keys)
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back, from any thread, whenever keys, free blocks, leases or fetches changed.
@@ -362,6 +468,8 @@ class KvStore:
 
     def stats(self) -> StoreStats:
         """Now."""
+        restored = 0 if self.tiers is None else self.tiers.restored_blocks
+        tiers = () if self.tiers is None else self.tiers.stats()
         with self._lock:
             pool = self._pool
             return StoreStats(
@@ -373,10 +481,13 @@ class KvStore:
                 evicted=pool.evicted,
                 expired=self._expired,
                 watches=len(self._watches),
+                lost=0 if self._books is None else self._books.lost,
+                restored=restored,
+                tiers=tiers,
             )
 
     def check_integrity(self) -> None:
-        """Proves free + cached + held = total, and that leases hold what they should.
+        """Proves free + cached + held = total, and that leases and tiers hold what they should.
 
         Raises AssertionError.
         """
@@ -388,6 +499,10 @@ class KvStore:
                 assert not self._pool.committed(block) or self._ready[block] == self.grid.all, (
                     f"block {block} is in the index with pieces missing"
                 )
+            if self._books is not None:
+                self._books.check(self._pool.committed_blocks())
+        if self.tiers is not None:
+            self.tiers.check_integrity()
 
     def close(self) -> None:
         """Nobody can map the memory any more; arrays on it stay valid."""
@@ -395,17 +510,35 @@ class KvStore:
 
     # All below are called with the lock held.
 
+    def _in_tier(self, key: bytes) -> bool:
+        return self._books is not None and key in self._books
+
+    def _announced(self, key: bytes) -> bool:
+        return self._pool.find(key) is not None or self._in_tier(key)
+
+    def _keys(self) -> Iterable[bytes]:
+        tiered = () if self._books is None else self._books.keys()
+        return {**dict.fromkeys(self._pool.keys()), **dict.fromkeys(tiered)}
+
+    def _note_removed(self, keys: Iterable[bytes]) -> None:
+        """Keys left the pool's index."""
+        self._log.note([k for k in keys if not self._in_tier(k)], stored=False)
+
     def _require_held(self, lease_id: str, keys: Sequence[bytes]) -> None:
         lease = self._leases.live(lease_id)
         held = {} if lease is None else lease.blocks
-        here = list(takewhile(lambda k: k in held or self._pool.find(k) is not None, keys))
-        if len(here) < len(keys):
-            raise BlocksNotHeldError(
-                f"{len(keys) - len(here)} of the {len(keys)} blocks asked for are not held",
-                lease_id=lease_id,
-                missing=len(keys) - len(here),
-                held=len(here),
-            )
+        if all(k in held or self._pool.find(k) is not None for k in keys):
+            return
+        # What a tier has counts: if no more than that is asked for, it is brought back.
+        here = list(takewhile(lambda k: k in held or self._announced(k), keys))
+        if len(here) == len(keys):  # There was no room to bring them back, or it failed.
+            here = list(takewhile(lambda k: k in held or self._pool.find(k) is not None, keys))
+        raise BlocksNotHeldError(
+            f"{len(keys) - len(here)} of the {len(keys)} blocks asked for are not held",
+            lease_id=lease_id,
+            missing=len(keys) - len(here),
+            held=len(here),
+        )
 
     def _adopt(self, lease_id: str, keys: Sequence[bytes], seconds: float, tenant: str) -> None:
         blocks = self._pool.match(keys)

@@ -1,0 +1,1 @@
+"""Where blocks go that the pool evicts, and come back from: memory of the host, a local disk."""
