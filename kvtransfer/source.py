@@ -75,14 +75,15 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             wanted, opened = self._open(request, context)
-            watch = self._store.watch(
-                wanted.lease_id,
-                wanted.keys,
-                lambda: _wake(loop, news),
-                self._lease_seconds,
-                held_only=wanted.held_only,
-                tenant=wanted.tenant,
-            )
+            async with self._store.restored(wanted.lease_id, wanted.keys):
+                watch = self._store.watch(
+                    wanted.lease_id,
+                    wanted.keys,
+                    lambda: _wake(loop, news),
+                    self._lease_seconds,
+                    held_only=wanted.held_only,
+                    tenant=wanted.tenant,
+                )
         except KvError:
             self.refused += 1
             raise
