@@ -29,6 +29,7 @@ async def serve(
         lease_seconds=own.lease_seconds,
         queue_limit=own.queue_limit,
         local_prefill_tokens=own.local_prefill_tokens,
+        worker_wait_seconds=own.worker_wait_seconds,
     )
     core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
     driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from kvtransfer.policy import ExportPolicy
 from services.coordinator.core import messages as m
 from services.coordinator.core.core import Core
 from services.coordinator.core.membership import Standing, Worker
@@ -15,6 +18,7 @@ from services.runtime.errors import (
     UnknownModelError,
 )
 from tandem.coordinator.v1 import coordinator_pb2 as pb
+from tandem.generation.v1 import generation_pb2
 
 KEY_BYTES = 16
 
@@ -51,8 +55,29 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
         numerics=info.numerics,
         dp_ranks=max(1, info.dp_ranks),
         pid=info.pid,
+        export_policy=_policy_from(info),
+        kv_transports=tuple(info.kv_transports),
+        kv_not_offered=dict(info.kv_not_offered),
     )
     return m.WorkerHello(stream, known, stats_from(hello.stats))
+
+
+def _policy_from(info: pb.WorkerInfo) -> ExportPolicy:
+    rules = info.export_rules
+    return ExportPolicy(
+        export_regions=tuple(rules.regions.names),
+        tenant_regions={t: tuple(regions.names) for t, regions in rules.tenant_regions.items()},
+    )
+
+
+def _rules_to(policy: ExportPolicy) -> pb.ExportRules | None:
+    regions, tenants = policy.export_regions, policy.tenant_regions
+    if not regions and not tenants:
+        return None
+    return pb.ExportRules(
+        regions=pb.Regions(names=regions) if regions else None,
+        tenant_regions={tenant: pb.Regions(names=names) for tenant, names in tenants.items()},
+    )
 
 
 def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
@@ -71,6 +96,9 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         preempted=stats.preempted,
         kv_bytes=dict(stats.kv_bytes),
         leases=stats.leases,
+        kv_refused=stats.kv_refused,
+        leases_expired=stats.leases_expired,
+        kv_traffic=tuple(stats.kv_traffic),
     )
 
 
@@ -122,6 +150,7 @@ def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
         exclude_workers=frozenset(request.exclude_workers),
         frontend_id=request.frontend_id,
         kv_layout=request.kv_layout,
+        tenant=request.tenant,
     )
 
 
@@ -133,6 +162,13 @@ def place_to(answer: m.AnswerPlacement) -> pb.PlaceResponse:
         decode=_chosen_to(placement.decode),
         reasons=placement.reasons,
         queued_seconds=answer.queued_seconds,
+        prefix=None if placement.prefix is None else _prefix_to(placement.prefix),
+    )
+
+
+def _prefix_to(holder: m.Holder) -> generation_pb2.KvPrefix:
+    return generation_pb2.KvPrefix(
+        worker_id=holder.worker_id, address=holder.address, tokens=holder.tokens
     )
 
 
@@ -224,6 +260,9 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             numerics=info.numerics,
             dp_ranks=info.dp_ranks,
             pid=info.pid,
+            export_rules=_rules_to(info.export_policy),
+            kv_transports=info.kv_transports,
+            kv_not_offered=info.kv_not_offered,
         ),
         stats=pb.WorkerStats(
             running=stats.running,
@@ -239,6 +278,9 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             preempted=stats.preempted,
             kv_bytes=stats.kv_bytes,
             leases=stats.leases,
+            kv_refused=stats.kv_refused,
+            leases_expired=stats.leases_expired,
+            kv_traffic=cast("tuple[pb.KvTraffic, ...]", stats.kv_traffic),
         ),
         draining=worker.standing is Standing.DRAINING,
         silent_seconds=max(0.0, now - worker.heard),

@@ -62,7 +62,12 @@ class World(Book):
         self.storm = True
         self.loss = self.random.choice([0.0, 0.0, 0.05, 0.3])
         self.delay = self.random.choice([0.001, 0.02, 0.3])
-        self.rules = Rules(LEASE, self.random.choice([0, 1, 4, 50]), self.random.choice([0, 32]))
+        self.rules = Rules(
+            LEASE,
+            self.random.choice([0, 1, 4, 50]),
+            self.random.choice([0, 32]),
+            worker_wait_seconds=self.random.choice([0.0, 0.5, 4.0]),
+        )
         self.workers: list[Worker] = []
         self.streams: dict[int, str] = {}
         self.arrives: dict[int, float] = {}

@@ -36,6 +36,7 @@ class Rules:
     lease_seconds: float
     queue_limit: int
     local_prefill_tokens: int
+    worker_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Core:
         self._ticked = now
         self._settled = False
         self._models_seen: set[str] = set()
+        self._bereft: dict[str, float] = {}
+        """Models that lost a decode worker lately, and when: it may come back."""
         self._recheck = False
         self._out: list[m.Command] = []
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -125,7 +128,7 @@ class Core:
             (usurped, f"{new.worker_id} is at its address now"),
         ):
             if worker is not None and self.members.get(worker.worker_id) is worker:
-                self._leave(worker, why, tell=worker.stream != event.stream)
+                self._leave(worker, why, now, tell=worker.stream != event.stream)
 
     def _heartbeat(self, event: m.WorkerHeartbeat, now: float) -> None:
         worker = self._renew(event.stream, now)
@@ -158,13 +161,14 @@ class Core:
     def _draining(self, event: m.WorkerDraining, now: float) -> None:
         worker = self._renew(event.stream, now)
         if worker is not None and worker.signal(Signal.DRAIN):
+            self._miss(worker, now)
             self.pools.put(worker)
             self._recheck = True
 
     def _stream_lost(self, event: m.StreamLost, now: float) -> None:
         worker = self.members.on_stream(event.stream)
         if worker is not None:
-            self._leave(worker, "its stream broke", tell=False)
+            self._leave(worker, "its stream broke", now, tell=False)
 
     def _renew(self, stream: int, now: float) -> Worker | None:
         worker = self.members.on_stream(stream)
@@ -172,8 +176,13 @@ class Core:
             worker.heard, worker.expires = now, now + self._rules.lease_seconds
         return worker
 
-    def _leave(self, worker: Worker, why: str, *, tell: bool = True) -> None:
+    def _miss(self, worker: Worker, now: float) -> None:
+        if worker.info.role is m.Role.DECODE:
+            self._bereft[worker.info.model] = now
+
+    def _leave(self, worker: Worker, why: str, now: float, *, tell: bool = True) -> None:
         worker.signal(Signal.LOST)
+        self._miss(worker, now)
         self.pools.put(worker)
         self.members.remove(worker)
         self.index.forget(worker.worker_id)
@@ -213,6 +222,7 @@ class Core:
         failed = self.members.get(event.failed_worker)
         if failed is not None:
             if event.unreachable and failed.signal(Signal.UNREACHABLE):
+                self._miss(failed, now)
                 self._recheck = True
             if event.failure in WORKER_FULL:
                 failed.load.refuse()
@@ -239,10 +249,18 @@ class Core:
 
     def _decide(self, want: m.PlaceRequest, now: float) -> Decision | Blocked | m.Refusal:
         outcome = self._decide_settled(want)
-        if isinstance(outcome, m.Refusal) and not self._settled:
+        if isinstance(outcome, m.Refusal) and (not self._settled or self._may_pass(outcome, now)):
             # Those who could serve it may be about to register.
             return Blocked(outcome.message, everyone=False)
         return outcome
+
+    def _may_pass(self, refused: m.Refusal, now: float) -> bool:
+        """Whether a refusal is for want of a worker that was here a moment ago."""
+        if refused.reason is not m.Reason.NO_WORKERS:
+            return False
+        model = refused.metadata.get("model", "")
+        since = [at for name, at in self._bereft.items() if model in ("", name)]
+        return any(now - at < self._rules.worker_wait_seconds for at in since)
 
     def _decide_settled(self, want: m.PlaceRequest) -> Decision | Blocked | m.Refusal:
         found = self._pools_for(want)
@@ -277,7 +295,7 @@ class Core:
         if waited > 0:
             reasons = (*reasons, f"waited {waited:.3f} s for room")
         decode, prefill = self._commit(entry.request, outcome, now)
-        placement = m.Placement(decode, prefill, reasons)
+        placement = m.Placement(decode, prefill, reasons, outcome.prefix)
         self._out.append(m.AnswerPlacement(entry.ticket, placement, waited))
 
     def _commit(
@@ -346,14 +364,17 @@ class Core:
         words = f"no worker had room in the {now - entry.since:.3f} s until the deadline"
         self._refuse(entry.ticket, m.Refusal(m.Reason.DEADLINE, words))
 
-    def _refuse_hopeless(self) -> None:
+    def _refuse_hopeless(self, now: float) -> None:
         """Refuses those that nobody can serve any more, wherever in the queue they stand."""
         for lane in self.queue.lanes():
             for entry in list(self.queue.lane(lane)):
                 found = self._pools_for(entry.request)
                 refused = found if isinstance(found, m.Refusal) else refusal(*found)
-                if refused is not None:
+                if refused is not None and not self._may_pass(refused, now):
                     self.queue.remove(entry.ticket)
+                    if refused.reason is m.Reason.NO_WORKERS:
+                        words = f"{refused.message}; waited {now - entry.since:.1f} s for one"
+                        refused = replace(refused, message=words)
                     self._refuse(entry.ticket, refused)
 
     # Time
@@ -367,9 +388,13 @@ class Core:
             self._refuse_late(entry, now)
         if not self._settled and now - self.started >= self._rules.lease_seconds:
             self._settled = self._recheck = True
+        for model, since in list(self._bereft.items()):
+            if now - since >= self._rules.worker_wait_seconds:
+                del self._bereft[model]
+                self._recheck = True
         if self._recheck and self._settled:
             self._recheck = False
-            self._refuse_hopeless()
+            self._refuse_hopeless(now)
         for lane in self.queue.lanes():
             self._serve_queue(lane, now)
 
@@ -381,7 +406,7 @@ class Core:
                 worker.feed.asked = now
         self._ticked = now
         for worker in self.members.expired(now):
-            self._leave(worker, f"silent for {now - worker.heard:.1f} s")
+            self._leave(worker, f"silent for {now - worker.heard:.1f} s", now)
 
     def check_integrity(self) -> None:
         """Every view of the same fact agrees; raises AssertionError."""

@@ -10,6 +10,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvtransfer.policy import ExportPolicy
+
 
 class Role(enum.Enum):
     """What a worker serves."""
@@ -36,6 +38,15 @@ class WorkerInfo:
     numerics: str = ""
     dp_ranks: int = 1
     pid: int = 0
+    export_policy: ExportPolicy = field(default_factory=ExportPolicy)
+    """Where its KV may go. The worker itself enforces it."""
+    kv_transports: tuple[str, ...] = ()
+    kv_not_offered: Mapping[str, str] = field(default_factory=dict)
+
+    def may_send_to(self, other: WorkerInfo, tenant: str) -> bool:
+        """Whether this worker would let a tenant's KV go to that one."""
+        allowed = self.export_policy.allowed(tenant)
+        return allowed is None or other.region in allowed
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold this many tokens."""
@@ -59,6 +70,10 @@ class WorkerStats:
     preempted: int = 0
     kv_bytes: Mapping[str, int] = field(default_factory=dict)
     leases: int = 0
+    kv_refused: int = 0
+    leases_expired: int = 0
+    kv_traffic: tuple[object, ...] = ()
+    """As it came: it is handed on to whoever asks for the status, and means nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,7 @@ class PlaceRequest:
     exclude_workers: frozenset[str] = frozenset()
     frontend_id: str = ""
     kv_layout: str = ""
+    tenant: str = ""
 
 
 # Events: what happened.
@@ -204,12 +220,22 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """A worker that holds the first `tokens` tokens of a request, more than who computes it."""
+
+    worker_id: str
+    address: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a request goes. No prefill: the decode worker computes the prompt."""
 
     decode: Chosen
     prefill: Chosen | None
     reasons: tuple[str, ...]
+    prefix: Holder | None = None
 
 
 @dataclass(frozen=True, slots=True)

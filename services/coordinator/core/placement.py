@@ -2,7 +2,9 @@
 
 The decode worker is chosen first: it is the one that has to hold the request for long. Then, unless
 little of the prompt is missing there, a prefill worker of the same pool (model and KV layout), with
-equal numerics if there is one with room, since only then a resumed stream is exact.
+equal numerics if there is one with room, since only then a resumed stream is exact, and whose rules
+let KV go to the decode worker's region. Whoever computes the prompt is told of the worker that
+holds most of it, if that is another one; whether to fetch it from there is its own decision.
 
 Nothing here changes anything; see core.py for what a placement books.
 """
@@ -15,13 +17,14 @@ from itertools import islice
 
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.membership import Worker
-from services.coordinator.core.messages import PlaceRequest, Reason, Refusal, Role
+from services.coordinator.core.messages import Holder, PlaceRequest, Reason, Refusal, Role
 from services.coordinator.core.pools import Pool, Side
 from services.coordinator.core.scoring import (
     DECODE,
     NOMINAL_TOKENS_PER_SECOND,
     PREFILL,
     Candidate,
+    closeness,
     pick,
 )
 
@@ -36,6 +39,8 @@ class Decision:
     decode: Candidate
     prefill: Candidate | None
     reasons: tuple[str, ...]
+    prefix: Holder | None = None
+    """Who holds more of the prompt than the worker that computes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +86,72 @@ class Placer:
             return Blocked(why, everyone=not len(pool.decode.roomy))
         decode = pick(candidates, DECODE, self._draw)
         reasons = (*_remarks(pool, want), _about_decode(decode))
-        uncached, limit = decode.uncached_tokens, self._local_prefill_tokens
-        if uncached <= limit:
-            why = f"computed on {decode.worker.worker_id}: {uncached} uncached tokens <= {limit}"
-            return Decision(decode, None, (*reasons, why))
-        if not any(_usable(w, want) for w in pool.prefill.up.values()):
-            why = f"computed on {decode.worker.worker_id}: no prefill worker is up"
-            return Decision(decode, None, (*reasons, why))
+        alone = self._why_alone(decode, pool, want)
+        if alone:
+            why = f"computed on {decode.worker.worker_id}: {alone}"
+            return self._decision(decode, None, (*reasons, why), pool, want)
         prefill = self._prefill_for(decode, pool, want)
         if prefill is None:
             # Short prompts can still be placed: not for everyone.
             return Blocked(f"no prefill worker of {want.model} has room", everyone=False)
-        return Decision(decode, prefill, (*reasons, *_about_prefill(prefill, decode)))
+        reasons = (*reasons, *_about_prefill(prefill, decode))
+        return self._decision(decode, prefill, reasons, pool, want)
+
+    def _why_alone(self, decode: Candidate, pool: Pool, want: PlaceRequest) -> str:
+        """Why the decode worker computes the prompt itself; "" if a prefill worker does."""
+        uncached, limit = decode.uncached_tokens, self._local_prefill_tokens
+        if uncached <= limit:
+            return f"{uncached} uncached tokens <= {limit}"
+        usable = (w for w in pool.prefill.up.values() if _usable(w, want))
+        if any(_may_send(w, decode.worker, want) for w in usable):
+            return ""
+        if any(_usable(w, want) for w in pool.prefill.up.values()):
+            return "no prefill worker may send KV to its region"
+        return "no prefill worker is up"
+
+    def _decision(
+        self,
+        decode: Candidate,
+        prefill: Candidate | None,
+        reasons: tuple[str, ...],
+        pool: Pool,
+        want: PlaceRequest,
+    ) -> Decision:
+        runner = prefill or decode
+        prefix = self._prefix_for(runner, pool, want)
+        if prefix is not None:
+            reasons = (*reasons, _about_prefix(prefix, runner))
+        return Decision(decode, prefill, reasons, prefix)
+
+    def _prefix_for(self, runner: Candidate, pool: Pool, want: PlaceRequest) -> Holder | None:
+        """Of the workers that hold most of the prompt, the nearest whose KV is of use."""
+        worker, block_tokens = runner.worker, runner.worker.info.block_tokens
+        # The last token is computed in any case.
+        most = (want.context_tokens - 1) // block_tokens * block_tokens
+        among = (pool.prefill.bits | pool.decode.bits) & ~worker.bit
+        for keys, workers in self._index.reach(want.block_keys, among):
+            tokens = min(keys * block_tokens, most)
+            if tokens <= runner.cached_tokens:
+                break
+            names = islice(self._index.names(workers), SHORTLIST)
+            found = [pool.decode.up.get(name) or pool.prefill.up[name] for name in names]
+            holders = [w for w in found if _is_source_for(w, worker, want)]
+            if holders:
+                near = max(holders, key=lambda w: closeness(w.info, worker.info)).info
+                return Holder(near.worker_id, near.address, tokens)
+        return None
 
     def _prefill_for(self, decode: Candidate, pool: Pool, want: PlaceRequest) -> Candidate | None:
         numerics = decode.worker.info.numerics
-        found = self._candidates(pool, Role.PREFILL, want, beside=decode.worker)
+
+        def candidates(*, whole: bool) -> list[Candidate]:
+            some = self._candidates(pool, Role.PREFILL, want, beside=decode.worker, whole=whole)
+            return [c for c in some if _may_send(c.worker, decode.worker, want)]
+
+        found = candidates(whole=False)
         equal = [c for c in found if c.worker.info.numerics == numerics]
-        if numerics and found and not equal:
-            found = self._candidates(pool, Role.PREFILL, want, beside=decode.worker, whole=True)
+        if not found or (numerics and not equal):
+            found = candidates(whole=True)
             equal = [c for c in found if c.worker.info.numerics == numerics]
         choice = equal if numerics and equal else found
         return pick(choice, PREFILL, self._draw) if choice else None
@@ -202,6 +254,17 @@ def _has_room(worker: Worker, want: PlaceRequest) -> bool:
     return worker.load.free_blocks >= worker.info.blocks_for(want.context_tokens + 1)
 
 
+def _may_send(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
+    return source.info.may_send_to(sink.info, want.tenant)
+
+
+def _is_source_for(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
+    """Whether KV computed there is as good here, and may come."""
+    if source.worker_id in want.exclude_workers or source.info.numerics != sink.info.numerics:
+        return False
+    return _may_send(source, sink, want)
+
+
 def _remarks(pool: Pool, want: PlaceRequest) -> Iterator[str]:
     """What about the request itself shaped the choice."""
     for name in sorted(want.exclude_workers):
@@ -231,3 +294,10 @@ def _about_prefill(chosen: Candidate, decode: Candidate) -> Iterator[str]:
             f"{info.worker_id} and {other.worker_id} compute different bits: no prefill worker "
             "with equal numerics has room"
         )
+
+
+def _about_prefix(prefix: Holder, runner: Candidate) -> str:
+    return (
+        f"{prefix.worker_id} holds {prefix.tokens} of {runner.context_tokens} prompt tokens: "
+        f"{runner.worker.worker_id} may fetch them"
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from services.coordinator.core.membership import Worker
+from services.coordinator.core.messages import WorkerInfo
 
 NOMINAL_TOKENS_PER_SECOND = 1000.0
 """Prefill rate taken for a worker that has measured none, where none of its peers has either."""
@@ -71,7 +72,11 @@ def nearness(candidate: Candidate) -> float:
     """1 if the KV stays on the host, 1/2 if in the region, else 0."""
     if candidate.beside is None:
         return 0.0
-    here, there = candidate.worker.info, candidate.beside.info
+    return closeness(candidate.worker.info, candidate.beside.info)
+
+
+def closeness(here: WorkerInfo, there: WorkerInfo) -> float:
+    """1 for one host, 1/2 for one region, else 0."""
     if here.host and here.host == there.host:
         return 1.0
     return 0.5 if here.region == there.region else 0.0

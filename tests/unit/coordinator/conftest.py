@@ -22,9 +22,9 @@ def keys(count, start=0, family=0):
 class Cluster:
     """A settled core at time `now`, with workers by name."""
 
-    def __init__(self, queue_limit=10, local=64, lease=3.0, settled=True):
+    def __init__(self, queue_limit=10, local=64, lease=3.0, settled=True, wait=0.0):
         self.now = 100.0
-        self.core = Core(Rules(lease, queue_limit, local), self.now, lambda: 0.0)
+        self.core = Core(Rules(lease, queue_limit, local, wait), self.now, lambda: 0.0)
         self.streams: dict[str, int] = {}
         self.answers: dict[int, m.Command] = {}
         self.commands: list[m.Command] = []
@@ -95,6 +95,7 @@ class Cluster:
             max_tokens=more.pop("max_tokens", 100),
             exclude_workers=frozenset(more.pop("exclude", ())),
             kv_layout=more.pop("kv_layout", "l"),
+            tenant=more.pop("tenant", ""),
         )
         assert not more
         deadline = None if timeout is None else self.now + timeout
