@@ -1,85 +1,139 @@
-"""Number formats of KV, in numpy: the reference that kernels are held to, and bytes for tests.
+"""Number formats of KV, as blocks store them: from one to another, as fast as this machine can.
 
-FP8 is e4m3fn: 1 sign, 4 exponent (bias 7), 3 fraction bits; no infinities, 0x7f and 0xff are NaN,
-the largest number is 448. KV is quantized with one float32 scale a token and head, scale = largest
-magnitude / 448, so that the largest value uses the whole range.
+With Numba (it comes with the torch extra) the kernels of codecs_jit.py run; without it numpy does,
+which gives the same bits and takes about forty times as long. implementation() says which.
+
+What is lost, with x the exact value, for finite values within float32's normal range:
+
+    bfloat16 -> float32      nothing
+    float32 -> bfloat16      |error| <= |x| * 2**-8
+    any -> fp8_e4m3          |error| <= max(|x| * 2**-4, scale * 2**-10) * (1 + 2**-20), where
+                             scale = the largest magnitude of the values that share it / 448
+    fp8_e4m3 -> float32      |error| <= |x| * 2**-24: the product of code and scale is rounded
+    fp8_e4m3 -> bfloat16     |error| <= |x| * 2**-8 * (1 + 2**-15)
+
+A value that is not finite makes every value that shares its scale NaN in fp8_e4m3.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-E4M3_MAX = 448.0
+from kvtransfer import codecs_reference
+from kvtransfer.codecs_reference import bf16_decode, fp8_decode
 
-_NAN = 0x7F
-_SMALLEST_NORMAL = 2.0**-6
-_SUBNORMAL_STEPS = 2.0**9
-_DROPPED_BITS = 20
-_BIAS_DIFFERENCE = (127 - 7) << 3
+__all__ = [
+    "NUMPY_DTYPES",
+    "Stored",
+    "bf16_decode",
+    "bf16_encode",
+    "fp8_decode",
+    "fp8_dequantize",
+    "fp8_encode",
+    "fp8_quantize",
+    "implementation",
+    "recode",
+]
+
+NUMPY_DTYPES = {"fp8_e4m3": np.uint8, "bfloat16": np.uint16, "float32": np.float32}
+"""What arrays of a layout's dtype are in numpy."""
 
 
-def fp8_quantize(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Values [..., width] to codes uint8 [..., width] and scales float32 [..., 1].
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Values as they lie in memory: [layers, tokens, heads, width], the last axis contiguous."""
 
-    value = code * scale. Rows of zeros have scale 0 and codes 0. Values are to be finite.
+    values: NDArray[Any]
+    """uint8 for fp8_e4m3, uint16 for bfloat16, float32."""
+    scales: NDArray[np.float32] | None = None
+    """Of fp8_e4m3, [layers, tokens, heads, groups]; None: it is copied only."""
+
+
+def implementation() -> str:
+    """Either "numba" or "numpy". The first call compiles kernels (seconds) or loads them."""
+    return "numpy" if _kernels() is codecs_reference else "numba"
+
+
+def recode(source: Stored, sink: Stored) -> None:
+    """Writes the source's values to the sink, in its format. The interpreter is not held.
+
+    Same dtype and groups: the bytes are copied. Shapes must be equal but for the groups of
+    scales. Errors as the module says; between fp8_e4m3 of different groups by way of float32.
     """
-    x = np.asarray(x, np.float32)
-    scale = np.max(np.abs(x), axis=-1, keepdims=True, initial=0.0) / np.float32(E4M3_MAX)
-    divisor = np.where(scale > 0, scale, np.float32(1))
-    return fp8_encode(np.where(scale > 0, x / divisor, np.float32(0))), scale
+    if source.values.dtype == sink.values.dtype and _groups(source) == _groups(sink):
+        np.copyto(sink.values, source.values)
+        if source.scales is not None and sink.scales is not None:
+            np.copyto(sink.scales, source.scales)
+    elif source.scales is None and sink.scales is None:
+        _kernels().cast(source.values, sink.values)
+    elif source.scales is None:
+        _kernels().quantize(source.values, sink.values, sink.scales)
+    elif sink.scales is None:
+        _kernels().dequantize(source.values, source.scales, sink.values)
+    else:
+        between = np.empty(source.values.shape, np.float32)
+        _kernels().dequantize(source.values, source.scales, between)
+        _kernels().quantize(between, sink.values, sink.scales)
+
+
+def fp8_quantize(x: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Values [..., width], float32 or bfloat16 bits, to codes [..., width] and scales [..., 1].
+
+    value = code * scale. Rows of zeros have scale 0 and codes 0.
+    """
+    rows = _rows(x, np.uint16 if x.dtype == np.uint16 else np.float32)
+    codes, scales = np.empty(rows.shape, np.uint8), np.empty((*rows.shape[:-1], 1), np.float32)
+    if rows.size:
+        _kernels().quantize(rows, codes, scales)
+    return codes.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
 
 def fp8_dequantize(codes: NDArray[np.uint8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """Codes uint8 [..., width] and scales float32 [..., 1] to float32 [..., width]."""
-    return fp8_decode(codes) * scale
+    rows, scales = _rows(codes, np.uint8), _rows(scale, np.float32)
+    values = np.empty(rows.shape, np.float32)
+    if rows.size:
+        _kernels().dequantize(rows, scales, values)
+    return values.reshape(codes.shape)
 
 
 def fp8_encode(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """float32 to e4m3fn, round to nearest, ties to even; beyond +-448 it saturates. NaN stays."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    half = np.uint32((1 << (_DROPPED_BITS - 1)) - 1)
-    rounded = (magnitude + half + ((magnitude >> _DROPPED_BITS) & np.uint32(1))) >> _DROPPED_BITS
-    # In int64, since what is below the normal range wraps, and is not used.
-    normal = rounded.astype(np.int64) - _BIAS_DIFFERENCE
-    absolute = magnitude.view(np.float32)
-    is_nan = magnitude > np.uint32(0x7F800000)
-    small = absolute < _SMALLEST_NORMAL
-    # rint rounds ties to even as well; 8 steps are the smallest normal number's code.
-    steps = np.rint(np.where(small, absolute, 0) * np.float32(_SUBNORMAL_STEPS))
-    code = np.where(small, steps.astype(np.int64), np.minimum(normal, _NAN - 1))
-    code = np.where(is_nan, _NAN, code)
-    sign = (bits >> np.uint32(24)) & np.uint32(0x80)
-    return (code.astype(np.uint32) | sign).astype(np.uint8)
-
-
-def fp8_decode(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """e4m3fn to float32, exactly."""
-    return _DECODED[codes]
+    values = np.ascontiguousarray(x, np.float32)
+    codes = np.empty(values.shape, np.uint8)
+    _kernels().encode(values, codes)
+    return codes.reshape(np.shape(x))
 
 
 def bf16_encode(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 to bfloat16 bits, round to nearest, ties to even. NaN stays NaN."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(is_nan, quiet, rounded).astype(np.uint16)
+    values = np.ascontiguousarray(x, np.float32).reshape(1, 1, 1, -1)
+    bits = np.empty(values.shape, np.uint16)
+    if values.size:
+        _kernels().cast(values, bits)
+    return bits.reshape(np.shape(x))
 
 
-def bf16_decode(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 bits to float32, exactly."""
-    return (np.asarray(bits, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+@cache
+def _kernels() -> ModuleType:
+    try:
+        from kvtransfer import codecs_jit
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return codecs_reference
+    return codecs_jit
 
 
-def _decoded() -> NDArray[np.float32]:
-    codes = np.arange(256)
-    exponent, fraction = (codes >> 3) & 15, codes & 7
-    normal = (1 + fraction / 8) * 2.0 ** (exponent - 7)
-    value = np.where(exponent > 0, normal, fraction / _SUBNORMAL_STEPS)
-    value[(codes & _NAN) == _NAN] = np.nan
-    return np.where(codes & 0x80, -value, value).astype(np.float32)
+def _groups(stored: Stored) -> int:
+    return 0 if stored.scales is None else stored.scales.shape[-1]
 
 
-_DECODED = _decoded()
+def _rows(x: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    return np.ascontiguousarray(x, dtype).reshape(1, 1, -1, x.shape[-1])
