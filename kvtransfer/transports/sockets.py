@@ -1,44 +1,142 @@
-"""What asyncio lacks for raw sockets: vectors in and out without a copy, and a safe end.
+"""Raw sockets for bulk data: vectors moved without a copy, where the peer's pace permits.
 
-Bytes are moved by calls made here, between awaits, never by the event loop behind one's back: a
-coroutine that was cancelled has no buffer lent to anyone.
+Sockets are blocking ones that the system lets go of after SLICE_SECONDS. A call that moves bytes
+either must not wait (MSG_DONTWAIT, on the event loop), or may wait so long in a thread: then one
+system call moves megabytes without the interpreter, and a thread is taken only while bytes flow.
+Whatever takes longer is awaited on the loop by ready(). Nothing is lent to the event loop: a
+buffer is written only inside of a call made here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 VECTORS = 512
 """Buffers a system call is given: half of what systems take at once (IOV_MAX)."""
 TURN_BYTES = 2**20
-"""After so many bytes, a fraction of a millisecond's copying, the event loop gets its turn."""
+"""So much is moved on the event loop: it takes a few hundred microseconds, about as long as it
+takes to hand work to a thread on both sides. What is more goes to threads."""
+SLICE_SECONDS = 0.02
+"""A thread waits so long for one peer in a call, then lets another connection have its turn."""
+NOW = socket.MSG_DONTWAIT
+"""Flag of calls on the event loop."""
+WAIT = 0
+"""Flag of calls in a thread."""
+
+_TIMEVAL = struct.pack("@ll", 0, round(1e6 * SLICE_SECONDS))
 
 
-async def receive_vectors(sock: socket.socket, views: Iterable[memoryview]) -> None:
-    """Fills some buffers, in order. Raises EOFError if the peer closes first, or OSError."""
+class Vectors:
+    """Buffers to be filled or sent, in order, from wherever the last call left off."""
 
-    def move(batch: Sequence[memoryview]) -> int:
-        count = sock.recvmsg_into(batch)[0]
-        if not count:
-            raise EOFError("the peer closed the connection")
-        return count
+    def __init__(self, views: Iterable[memoryview] = ()) -> None:
+        self._views = deque(view for view in views if view)
+        self.nbytes = sum(map(len, self._views))
+        """Left."""
 
-    await _move_all(sock, views, move, sending=False)
+    def receive(self, sock: socket.socket, flags: int) -> bool:
+        """Fills buffers until all are full (True), or the peer must be waited for (False).
+
+        Raises EOFError if the peer closed the connection, or OSError.
+        """
+        while self._views:
+            batch, size = self._batch()
+            try:
+                count = sock.recvmsg_into(batch, 0, flags or socket.MSG_WAITALL)[0]
+            except (BlockingIOError, InterruptedError):
+                return False
+            if not count:
+                raise EOFError("the peer closed the connection")
+            self._moved(count)
+            if count < size and not flags:
+                return False
+        return True
+
+    def send(self, sock: socket.socket, flags: int) -> bool:
+        """Sends until nothing is left (True), or the peer must be waited for. Raises OSError."""
+        while self._views:
+            batch, size = self._batch()
+            try:
+                count = sock.sendmsg(batch, (), flags)
+            except (BlockingIOError, InterruptedError):
+                return False
+            self._moved(count)
+            if count < size and not flags:
+                return False
+        return True
+
+    def _batch(self) -> tuple[list[memoryview], int]:
+        if len(self._views) <= VECTORS:
+            return list(self._views), self.nbytes
+        batch = [self._views[i] for i in range(VECTORS)]
+        return batch, sum(map(len, batch))
+
+    def _moved(self, count: int) -> None:
+        self.nbytes -= count
+        views = self._views
+        while count and count >= len(views[0]):
+            count -= len(views.popleft())
+        if count:
+            views[0] = views[0][count:]
+
+
+def prepare(sock: socket.socket) -> None:
+    """Makes a connected socket one of the kind that this module is about."""
+    sock.setblocking(True)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:
-    """Exactly `size` bytes. Raises as receive_vectors()."""
+    """Exactly `size` bytes, few. Raises EOFError or OSError."""
     data = bytearray(size)
-    await receive_vectors(sock, [memoryview(data)])
+    left = Vectors([memoryview(data)])
+    while not left.receive(sock, NOW):
+        await ready(sock)
     return bytes(data)
 
 
-async def send_vectors(sock: socket.socket, views: Iterable[memoryview]) -> None:
-    """Sends all bytes of some buffers, in order. Raises OSError."""
-    await _move_all(sock, views, sock.sendmsg, sending=True)
+async def send(sock: socket.socket, data: bytes) -> None:
+    """All of a few bytes. Raises OSError."""
+    left = Vectors([memoryview(data)])
+    while not left.send(sock, NOW):
+        await ready(sock, reading=False, writing=True)
+
+
+async def ready(sock: socket.socket, *, reading: bool = True, writing: bool = False) -> None:
+    """Returns when the socket can be read from, or written to, whichever is asked for."""
+    loop = asyncio.get_running_loop()
+    news: asyncio.Future[None] = loop.create_future()
+    ways: list[tuple[Callable[..., None], Callable[..., object]]] = []
+    if reading:
+        ways.append((loop.add_reader, loop.remove_reader))
+    if writing:
+        ways.append((loop.add_writer, loop.remove_writer))
+    for add, _ in ways:
+        add(sock, _settle, news)
+    try:
+        await news
+    finally:
+        if sock.fileno() >= 0:
+            for _, remove in ways:
+                remove(sock)
+            sock.setblocking(True)  # uvloop makes non-blocking what it watches
+
+
+def is_quiet(sock: socket.socket) -> bool:
+    """An idle connection is sound: open, and with nothing to be read from it."""
+    try:
+        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def end(sock: socket.socket) -> None:
@@ -51,56 +149,6 @@ def end(sock: socket.socket) -> None:
     sock.close()
 
 
-async def _move_all(
-    sock: socket.socket,
-    views: Iterable[memoryview],
-    move: Callable[[Sequence[memoryview]], int],
-    *,
-    sending: bool,
-) -> None:
-    left = deque(view for view in views if view)
-    turn = 0
-    while left:
-        try:
-            count = move(_turn(left))
-        except (BlockingIOError, InterruptedError):
-            await _ready(sock, sending=sending)
-            turn = 0
-            continue
-        turn += count
-        while count and count >= len(left[0]):
-            count -= len(left.popleft())
-        if count:
-            left[0] = left[0][count:]
-        if turn >= TURN_BYTES:
-            await asyncio.sleep(0)
-            turn = 0
-
-
-def _turn(left: deque[memoryview]) -> list[memoryview]:
-    """The next buffers, of TURN_BYTES together at most."""
-    batch: list[memoryview] = []
-    size = 0
-    for view in left:
-        if size + len(view) > TURN_BYTES or len(batch) == VECTORS:
-            break
-        batch.append(view)
-        size += len(view)
-    return batch or [left[0][:TURN_BYTES]]
-
-
-async def _ready(sock: socket.socket, *, sending: bool) -> None:
-    """Returns when the socket can be written to, or read from."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    (loop.add_writer if sending else loop.add_reader)(sock, _settle, ready)
-    try:
-        await ready
-    finally:
-        if sock.fileno() >= 0:
-            (loop.remove_writer if sending else loop.remove_reader)(sock)
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
+def _settle(news: asyncio.Future[None]) -> None:
+    if not news.done():
+        news.set_result(None)

@@ -2,25 +2,36 @@
 
 No copy is made in user space on either side: sendmsg takes vectors of the segment, recvmsg_into
 writes into the destination. The ticket's nonce, which travels in the answer to an admitted
-Fetch, authenticates a connection; nothing is encrypted. One connection serves one fetch at a
-time, then waits for the next to the same source, and is closed when idle.
+Fetch, authenticates a connection; nothing is encrypted. A large read is spread over several
+connections. They serve one fetch at a time, then wait for the next to the same source, and are
+closed when idle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import Sequence
 
 from kvtransfer.errors import TransportError
 from kvtransfer.memory import Segment
+from kvtransfer.offload import Offload
 from kvtransfer.transports import sockets
 from kvtransfer.transports import tcp_protocol as protocol
 from kvtransfer.transports.base import Offer, Read, require_inside
 from kvtransfer.transports.tcp_source import TcpSource
+from kvtransfer.transports.tcp_stream import Stream, batches
 
 IDLE_SECONDS = 30.0
-KEPT_PER_SOURCE = 4
+STREAMS = 4
+"""Connections of one fetch: the kernel copies a connection's bytes on one core, at 2 to 6 GB/s, so
+a 100 Gbit/s link takes several."""
+STREAM_BYTES = 4 * 2**20
+"""What a connection is worth opening for."""
+KEPT_PER_SOURCE = 2 * STREAMS
+THREADS = 8
+"""For all connections of both ends. They are for copying: who waits, waits on the event loop."""
 
 _Place = tuple[str, int, str]  # host, port, nonce
 
@@ -29,18 +40,25 @@ class TcpTransport:
     """Both ends; see the module's docstring and base.Transport.
 
     `host` and `port` are where it listens; a wildcard host is told to sinks as none, and they
-    then use the host of the source's gRPC address.
+    then use the host of the source's gRPC address. `streams`: connections of one fetch at most.
     """
 
     name = "tcp"
 
     def __init__(
-        self, segment: Segment, host: str, port: int, idle_seconds: float = IDLE_SECONDS
+        self,
+        segment: Segment,
+        host: str,
+        port: int,
+        idle_seconds: float = IDLE_SECONDS,
+        streams: int = STREAMS,
     ) -> None:
         self._segment = segment
         self._host = host
-        self._source = TcpSource(segment, host, port, idle_seconds)
+        self._offload = Offload(THREADS)
+        self._source = TcpSource(segment, host, port, idle_seconds, self._offload)
         self._idle_seconds = idle_seconds
+        self._streams = streams
         self._kept: dict[_Place, list[tuple[socket.socket, asyncio.TimerHandle]]] = {}
         self._closed = False
 
@@ -61,6 +79,7 @@ class TcpTransport:
                 sockets.end(sock)
         self._kept.clear()
         await self._source.close()
+        self._offload.close()
 
     def source_offer(self) -> Offer:
         """Nothing: who can reach gRPC is taken to reach this too."""
@@ -90,17 +109,19 @@ class TcpTransport:
             place = (host, int(attributes["port"]), attributes["nonce"])
         except (KeyError, ValueError):
             raise TransportError("the source's tcp ticket makes no sense") from None
-        kept = self._kept.get(place)
-        if kept:
+        first = await self.take(place, timeout)
+        return TcpReader(self, place, first, self._segment, self._offload, self._streams)
+
+    async def take(self, place: _Place, timeout: float) -> socket.socket:
+        """A connection that was kept and is sound, else a new one. Raises TransportError."""
+        while kept := self._kept.get(place):
             sock, timer = kept.pop()
+            timer.cancel()
             if not kept:
                 del self._kept[place]
-            timer.cancel()
-            return TcpReader(self, place, sock, self._segment, kept=True)
-        return TcpReader(self, place, await self.dial(place, timeout), self._segment, kept=False)
-
-    async def dial(self, place: _Place, timeout: float) -> socket.socket:
-        """A new connection, admitted by the source. Raises TransportError."""
+            if sockets.is_quiet(sock):
+                return sock
+            sockets.end(sock)
         host, port, nonce = place
         try:
             async with asyncio.timeout(timeout):
@@ -128,34 +149,37 @@ class TcpTransport:
 
 
 class TcpReader:
-    """One connection, for one fetch."""
+    """The connections of one fetch: one, and more once a read is large."""
 
     def __init__(
         self,
         transport: TcpTransport,
         place: _Place,
-        sock: socket.socket,
+        first: socket.socket,
         segment: Segment,
-        *,
-        kept: bool,
+        offload: Offload,
+        streams: int,
     ) -> None:
         self._transport = transport
         self._place = place
-        self._sock: socket.socket | None = sock
+        self._socks = [first]
         self._memory = segment.data.data
-        self._kept = kept
+        self._offload = offload
+        self._streams = streams
 
     async def read(self, reads: Sequence[Read], timeout: float) -> None:
-        """Asks for WINDOW batches ahead and receives into place. A failed connection is closed."""
+        """Receives into place, over as many connections as the bytes are worth.
+
+        If one fails or the read is cancelled all are closed: what is still on its way to them is
+        nobody's.
+        """
         require_inside(reads, 2**64, len(self._memory))
-        if self._sock is None:
+        if not self._socks:
             raise TransportError("the connection is closed")
         try:
             async with asyncio.timeout(timeout):
-                await self._exchange(batches(reads), timeout)
+                await self._receive(reads, timeout)
         except BaseException as error:
-            # At once and without an await: nothing may be received into memory that its owner
-            # takes for his own from here on.
             self._break()
             if isinstance(error, TimeoutError):
                 raise TransportError(f"the source sent too little within {timeout:g} s") from None
@@ -164,68 +188,37 @@ class TcpReader:
             raise
 
     async def close(self) -> None:
-        """Gives the connection back for the next fetch, if it is sound."""
-        if self._sock is not None:
-            self._transport.keep(self._place, self._sock)
-            self._sock = None
+        """Gives the connections back for the next fetch, if they are sound."""
+        for sock in self._socks:
+            self._transport.keep(self._place, sock)
+        self._socks.clear()
 
-    async def _exchange(self, work: list[list[Read]], timeout: float) -> None:
+    async def _receive(self, reads: Sequence[Read], timeout: float) -> None:
+        wanted = min(self._streams, sum(read.length for read in reads) // STREAM_BYTES)
+        while len(self._socks) < wanted:
+            self._socks.append(await self._transport.take(self._place, timeout))
+        work = deque(batches(reads))
+        streams = [Stream(s, self._memory, work) for s in self._socks[: max(1, wanted)]]
+        if len(streams) == 1:
+            await streams[0].run(self._offload)
+            return
         try:
-            await self._ask(work)
-        except (OSError, EOFError):
-            if not self._kept:
-                raise
-            # The source may have closed a connection that was kept; a new one tells.
-            self._break()
-            self._kept = False
-            self._sock = await self._transport.dial(self._place, timeout)
-            await self._ask(work)
-        self._kept = False
-
-    async def _ask(self, work: list[list[Read]]) -> None:
-        sock = self._sock
-        assert sock is not None
-        asked = 0
-        for done, batch in enumerate(work):
-            while asked < min(len(work), done + protocol.WINDOW):
-                ranges = [(r.remote, r.length) for r in work[asked]]
-                request = protocol.pack_request(asked, ranges)
-                await sockets.send_vectors(sock, [memoryview(request)])
-                asked += 1
-            await self._answer(sock, done, batch)
-
-    async def _answer(self, sock: socket.socket, request_id: int, batch: list[Read]) -> None:
-        reply = protocol.unpack_reply(await sockets.receive(sock, protocol.REPLY.size))
-        if reply.status != protocol.OK:
-            words = await sockets.receive(sock, min(reply.length, protocol.MAX_WORDS))
-            raise TransportError(f"the source refused: {words.decode(errors='replace')}")
-        if (reply.request_id, reply.length) != (request_id, sum(r.length for r in batch)):
-            raise TransportError("the source answered something that was not asked")
-        await sockets.receive_vectors(
-            sock, (self._memory[r.local : r.local + r.length] for r in batch)
-        )
+            async with asyncio.TaskGroup() as group:
+                for stream in streams:
+                    group.create_task(stream.run(self._offload))
+        except* (TransportError, OSError, EOFError) as failures:
+            # One is enough to say: the others were cancelled for it, or broke like it.
+            raise _first(failures) from None
 
     def _break(self) -> None:
-        if self._sock is not None:
-            sockets.end(self._sock)
-            self._sock = None
+        for sock in self._socks:
+            sockets.end(sock)
+        self._socks.clear()
 
 
-def batches(reads: Sequence[Read]) -> list[list[Read]]:
-    """The same bytes in requests within the protocol's limits; long reads are cut."""
-    result: list[list[Read]] = []
-    room = 0
-    for read in reads:
-        at = 0
-        while at < read.length:
-            if not room or len(result[-1]) == protocol.MAX_RANGES:
-                result.append([])
-                room = protocol.MAX_BYTES
-            size = min(read.length - at, room)
-            result[-1].append(Read(read.remote + at, read.local + at, size))
-            at += size
-            room -= size
-    return result
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _dial(host: str, port: int, nonce: bytes) -> socket.socket:
@@ -236,9 +229,9 @@ async def _dial(host: str, port: int, nonce: bytes) -> socket.socket:
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await loop.sock_connect(sock, address)
-        await loop.sock_sendall(sock, protocol.HELLO.pack(protocol.MAGIC, nonce))
+        sockets.prepare(sock)
+        await sockets.send(sock, protocol.HELLO.pack(protocol.MAGIC, nonce))
         reply = protocol.unpack_reply(await sockets.receive(sock, protocol.REPLY.size))
         if reply.status != protocol.OK:
             words = await sockets.receive(sock, min(reply.length, protocol.MAX_WORDS))

@@ -18,8 +18,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 MAGIC = b"TNDMKV\x00\x01"
 NONCE_BYTES = 16
 MAX_RANGES = 256
@@ -33,11 +31,23 @@ REFUSED = 1
 HELLO = struct.Struct(f"<8s{NONCE_BYTES}s")
 REQUEST = struct.Struct("<II")
 REPLY = struct.Struct("<IIQ")
-RANGE_BYTES = 16
+RANGE = struct.Struct("<QQ")
+MAX_REQUEST_BYTES = REQUEST.size + MAX_RANGES * RANGE.size
 
 
 class ProtocolError(Exception):
     """The peer sent what nobody may send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ranges that a sink asks for."""
+
+    request_id: int
+    ranges: tuple[tuple[int, int], ...]
+    """(offset, length) of each."""
+    nbytes: int
+    """Of all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +61,35 @@ class Reply:
 
 def pack_request(request_id: int, ranges: Sequence[tuple[int, int]]) -> bytes:
     """A request for (offset, length) ranges."""
-    return REQUEST.pack(request_id, len(ranges)) + np.array(ranges, "<u8").tobytes()
+    flat = [number for pair in ranges for number in pair]
+    return REQUEST.pack(request_id, len(ranges)) + struct.pack(f"<{len(flat)}Q", *flat)
 
 
-def unpack_request_head(raw: bytes) -> tuple[int, int]:
-    """Id and count of ranges. Raises ProtocolError if there are too many, or none."""
-    request_id, count = REQUEST.unpack(raw)
+def take_request(inbox: bytearray, data_bytes: int) -> Request | None:
+    """Takes the first request out of what has come; None if it is not whole yet.
+
+    Raises ProtocolError if it has too many ranges or none, or if they leave the data or are too
+    long.
+    """
+    if len(inbox) < REQUEST.size:
+        return None
+    request_id, count = REQUEST.unpack_from(inbox)
     if not 0 < count <= MAX_RANGES:
         raise ProtocolError(f"a request of {count} ranges; 1 to {MAX_RANGES} are allowed")
-    return request_id, count
-
-
-def unpack_ranges(raw: bytes, data_bytes: int) -> list[tuple[int, int]]:
-    """(offset, length) of each. Raises ProtocolError if they leave the data or are too long."""
-    ranges = [(int(o), int(n)) for o, n in np.frombuffer(raw, "<u8").reshape(-1, 2)]
+    end = REQUEST.size + count * RANGE.size
+    if len(inbox) < end:
+        return None
+    ranges = tuple(RANGE.iter_unpack(inbox[REQUEST.size : end]))
+    del inbox[:end]
     for offset, length in ranges:
         if offset + length > data_bytes:
             raise ProtocolError(f"range {offset}+{length} leaves the {data_bytes} bytes there are")
-    if sum(length for _, length in ranges) > MAX_BYTES:
+    request = Request(request_id, ranges, sum(length for _, length in ranges))
+    if request.nbytes > MAX_BYTES:
         raise ProtocolError(f"a request of more than {MAX_BYTES} bytes")
-    return ranges
+    return request
 
 
-def unpack_reply(raw: bytes) -> Reply:
+def unpack_reply(raw: bytes | bytearray) -> Reply:
     """The head of a reply."""
     return Reply(*REPLY.unpack(raw))

@@ -10,7 +10,7 @@ from kvtransfer.errors import TransportError
 from kvtransfer.memory import Segment
 from kvtransfer.transports import tcp_protocol as protocol
 from kvtransfer.transports.base import Offer, Read
-from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.tcp import KEPT_PER_SOURCE, TcpTransport
 
 NONCE = bytes(range(16))
 HELLO = protocol.HELLO.pack(protocol.MAGIC, NONCE)
@@ -197,7 +197,7 @@ async def test_many_connections_and_none_left(source, sink):
     await asyncio.gather(*(r.read([Read(0, i * 100, 100)], 5) for i, r in enumerate(readers)))
     for reader in readers:
         await reader.close()
-    assert sum(map(len, sink._kept.values())) == 4
+    assert sum(map(len, sink._kept.values())) == KEPT_PER_SOURCE
     await sink.close()
     async with asyncio.timeout(5):
         while source._source._serving:
