@@ -125,6 +125,19 @@ class KvSettings(_Section):
         description="A decode worker whose fetch failed computes up to this many prompt tokens "
         "itself; beyond, the request is placed again.",
     )
+    host_tier_mib: int = Field(
+        0, ge=0, description="Host memory for KV blocks that the pool evicts, MiB; 0: none."
+    )
+    disk_tier_mib: int = Field(
+        0,
+        ge=0,
+        description="Local disk for blocks that the pool, or the host tier, evicts, MiB; 0: none.",
+    )
+    disk_tier_folder: str = Field(
+        "",
+        description="Folder of the disk tier. Each worker takes a folder of its name in it, and "
+        "finds its blocks there when it starts again.",
+    )
     prefix_fetch: bool = Field(
         True,
         description="A prompt's start is taken from another worker that holds it, where that is "
