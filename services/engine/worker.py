@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -65,8 +66,12 @@ async def serve_worker(
     Raises EngineFailedError if the engine's output ends while the process should serve: a worker
     that can't generate must not look alive.
     """
+    kv = settings.kv
+    if kv.disk_tier_folder:
+        folder = Path(kv.disk_tier_folder) / (settings.worker.name or role.name)
+        kv = kv.model_copy(update={"disk_tier_folder": str(folder)})
     engine = build(
-        settings.model, settings.engine, settings.kv, settings.server.host, settings.worker.region
+        settings.model, settings.engine, kv, settings.server.host, settings.worker.region
     )
     await engine.start()
     try:

@@ -11,9 +11,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvtransfer.bandwidth import Bandwidth
 from kvtransfer.endpoint import KvEndpoint
@@ -22,11 +23,13 @@ from kvtransfer.errors import (
     KvError,
     KvSourceLostError,
     RegionDeniedError,
+    TierUnusableError,
     WrongTenantError,
 )
 from kvtransfer.keys import KeyChain, salt
 from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
+from kvtransfer.tiers.build import open_tiers
 from services.engine.api import (
     EngineFault,
     EngineInfo,
@@ -173,6 +176,8 @@ class SteppedEngine:
             task.cancel()
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self.kv.close()
+        if self._store.tiers is not None:
+            await asyncio.to_thread(self._store.tiers.close)
         self._store.close()
         self._kv_changed.set()
         self._outputs.put_nowait(None)
@@ -303,7 +308,7 @@ class SteppedEngine:
 
     def _take(self, result: StepResult) -> None:
         for fetch in result.fetches:
-            if not fetch.keys:  # all of it is cached here
+            if fetch.source is not None and not fetch.keys:  # all of it is cached here
                 self.kv.release(fetch.source.address, fetch.source.lease_id)
                 continue
             task = self._loop.create_task(self._fetch(fetch))
@@ -350,11 +355,26 @@ class SteppedEngine:
             self._soon(self._kv_changed.set)
 
     async def _fetch(self, fetch: Fetch) -> FetchStopped:
-        """Moves the blocks; says what came of it.
+        """Brings back what the tiers have of it from the start, and fetches the rest.
 
         Raises the KvErrors that computing does not make up for.
         """
-        serial, source = fetch.sequence.serial, fetch.source
+        source, restored = fetch.source, 0
+        here = self._store.in_tiers(fetch.keys)
+        if here and self._store.tiers is not None:
+            restored = await self._store.tiers.fill(fetch.keys[:here], fetch.blocks[:here])
+        rest = replace(fetch, keys=fetch.keys[restored:], blocks=fetch.blocks[restored:])
+        if source is not None and rest.keys:
+            stopped = await self._fetch_from(rest, source)
+            return replace(stopped, arrived=restored + stopped.arrived, restored=restored)
+        if source is not None and not fetch.held_only:
+            self.kv.release(source.address, source.lease_id)
+        serial = fetch.sequence.serial
+        return FetchStopped(serial, arrived=restored, restored=restored, ended=self._clock())
+
+    async def _fetch_from(self, fetch: Fetch, source: KvSource) -> FetchStopped:
+        """Moves the blocks; says what came of it. Raises as _fetch does."""
+        serial = fetch.sequence.serial
         request, began = fetch.sequence.request, self._clock()
         try:
             report = await self.kv.fetch(
@@ -436,7 +456,28 @@ class SteppedEngine:
         window = context_window(loaded.context_tokens, self._settings, store)
         loaded.model.bind(store.memory)
         loaded.model.warm_up()
+        self._open_tiers(store, loaded.model.numerics)
         return loaded, store, window
+
+    def _open_tiers(self, store: KvStore, numerics: str) -> None:
+        """Raises SettingsError."""
+        kv = self._kv_settings
+        if kv.disk_tier_mib and not kv.disk_tier_folder:
+            raise SettingsError("kv.disk_tier_mib: a disk tier needs a kv.disk_tier_folder")
+        try:
+            tiers = open_tiers(
+                store,
+                # Without a digest of its numbers nothing says that a model is the one that a
+                # folder's blocks were computed by.
+                numerics or secrets.token_hex(),
+                host_bytes=kv.host_tier_mib * MEBIBYTE,
+                disk_bytes=kv.disk_tier_mib * MEBIBYTE,
+                folder=kv.disk_tier_folder,
+            )
+        except (TierUnusableError, ValueError) as error:
+            raise SettingsError(f"kv.host_tier_mib, kv.disk_tier_mib: {error}") from error
+        if tiers is not None:
+            tiers.start()
 
 
 def _leading(complete: tuple[bool, ...]) -> int:

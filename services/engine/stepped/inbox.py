@@ -38,13 +38,15 @@ class Cancel:
 class FetchStopped:
     """A fetch is over: nothing writes into its blocks any more.
 
-    `arrived`: leading blocks that were verified. `lost`: the reason code if not all were, `why` in
+    `arrived`: leading blocks that were verified, the first `restored` of them from this worker's
+    tiers; what else is said is of the rest. `lost`: the reason code if not all were, `why` in
     words. `fault`: why it can't be made up for by computing, if it can't. `ended`: when, by the
     engine's clock. `choice`: why this transport.
     """
 
     serial: int
     arrived: int = 0
+    restored: int = 0
     transport: str = ""
     bytes: int = 0
     blocks: int = 0

@@ -62,16 +62,19 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Fill `blocks` with `keys` from a source. No keys: only release the source's lease."""
+    """Fill `blocks` with `keys`, from this worker's tiers first and then from a source.
+
+    No source: from the tiers alone. No keys: only release the source's lease.
+    """
 
     sequence: Sequence
-    source: KvSource
+    source: KvSource | None
     keys: tuple[bytes, ...] = ()
     blocks: tuple[int, ...] = ()
     partial_last: bool = False
     """The last block is an incomplete one, which is nobody's prefix."""
     held_only: bool = False
-    """Of a prefix that may be there or not: what does not come is computed."""
+    """Of a prefix that may be there or not: what does not come is computed. So are the tiers'."""
     timeout: float | None = None
     """Seconds that it may take; None: what holds for all."""
 
@@ -102,9 +105,11 @@ class Scheduler:
         chunk_tokens: int,
         max_running: int,
         judge: Judge,
+        in_tiers: Callable[[Seq[bytes]], int] = lambda _keys: 0,
     ) -> None:
         self._pool = pool
         self._judge = judge
+        self._in_tiers = in_tiers
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._max_running = max_running
@@ -155,7 +160,7 @@ class Scheduler:
             admitted.append(sequence)
             if source is not None:
                 fetches.append(self._fetch(sequence, source))
-            elif prefix is not None and sequence.phase is Phase.FETCHING:
+            elif sequence.phase is Phase.FETCHING:
                 fetches.append(self._prefix_fetch(sequence, prefix))
             if sequence.phase is Phase.RUNNING:
                 work.append(self._work(sequence, left))
@@ -174,8 +179,10 @@ class Scheduler:
         sequence.held_back = False
         sequence.move(Event.PROCEED)
 
-    def fetch_stopped(self, sequence: Sequence, arrived: int) -> None:
+    def fetch_stopped(self, sequence: Sequence, arrived: int, restored: int = 0) -> None:
         """Nothing writes into the blocks of a fetch any more; its first `arrived` ones are good.
+
+        The first `restored` of them came from a tier, and count as cached.
 
         The rest are given back, not computed in place: a good block after a bad one may be in
         the prefix cache by now, and a cached block is never written.
@@ -189,7 +196,10 @@ class Scheduler:
         cached = sequence.computed // self._block_tokens
         good = cached + arrived
         sequence.computed = min(good * self._block_tokens, sequence.context)
-        sequence.fetched_tokens = sequence.computed - sequence.cached_tokens
+        here = min((cached + restored) * self._block_tokens, sequence.computed)
+        if not sequence.preemptions:
+            sequence.cached_tokens = here
+        sequence.fetched_tokens = sequence.computed - here
         if good < sequence.fetch_until:
             self._pool.release(sequence.blocks[good:])
             del sequence.blocks[good:]
@@ -284,14 +294,16 @@ class Scheduler:
         cached = sequence.computed // self._block_tokens
         if sequence.source is not None:
             return len(sequence.context_keys)
+        tiered = sequence.chain.keys[cached : min(usable, sequence.context) // self._block_tokens]
+        here = cached + self._in_tiers(tiered)
         if sequence.prefix is None:
-            return cached
+            return here
         held = min(sequence.prefix.tokens, usable) // self._block_tokens
-        if held <= cached:
-            return cached
-        tokens = (held - cached) * self._block_tokens
+        if held <= here:
+            return here
+        tokens = (held - here) * self._block_tokens
         sequence.fetch_timeout = self._judge(sequence, sequence.prefix, tokens)
-        return cached if sequence.fetch_timeout is None else held
+        return here if sequence.fetch_timeout is None else held
 
     def _covered(self, sequence: Sequence) -> int:
         """Tokens whose KV is here or on its way."""
@@ -311,13 +323,16 @@ class Scheduler:
             partial_last=sequence.context % self._block_tokens != 0,
         )
 
-    def _prefix_fetch(self, sequence: Sequence, prefix: KvPrefix) -> Fetch:
+    def _prefix_fetch(self, sequence: Sequence, prefix: KvPrefix | None) -> Fetch:
         cached = sequence.computed // self._block_tokens
-        # Attempts have names of their own, and sequences numbers: no lease is ever asked for twice.
-        lease = f"{sequence.request.request_id}/prefix-{sequence.serial}"
+        source = None
+        if prefix is not None and sequence.fetch_timeout is not None:  # judged worth it
+            # Attempts have names of their own, and sequences numbers: no lease is asked for twice.
+            lease = f"{sequence.request.request_id}/prefix-{sequence.serial}"
+            source = KvSource(prefix.worker_id, prefix.address, lease)
         return Fetch(
             sequence,
-            KvSource(prefix.worker_id, prefix.address, lease),
+            source,
             keys=tuple(sequence.chain.keys[cached : sequence.fetch_until]),
             blocks=tuple(sequence.blocks[cached : sequence.fetch_until]),
             held_only=True,

@@ -105,6 +105,7 @@ class Stepper:
             chunk_tokens=settings.chunk_tokens,
             max_running=settings.max_running,
             judge=self._judge,
+            in_tiers=store.in_tiers,
         )
         self._limits = limits
         self._recompute_max_tokens = recompute_max_tokens
@@ -239,7 +240,7 @@ class Stepper:
         live.fetched = stopped
         if live.fetch is not None and live.fetch.held_only:
             # What did not come is computed, as all of it would have been.
-            self._scheduler.fetch_stopped(sequence, stopped.arrived)
+            self._scheduler.fetch_stopped(sequence, stopped.arrived, stopped.restored)
             return
         have = sequence.computed + stopped.arrived * self._block_tokens
         missing = max(0, sequence.context - have)
@@ -255,7 +256,7 @@ class Stepper:
             self._scheduler.fetch_stopped(sequence, 0)
             del self._live[stopped.serial]
             return
-        self._scheduler.fetch_stopped(sequence, stopped.arrived)
+        self._scheduler.fetch_stopped(sequence, stopped.arrived, stopped.restored)
 
     # A step
 
