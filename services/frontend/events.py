@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from services.engine.api import FinishReason, KvReport, TokenLogprob
+from services.engine.api import FinishReason, KvPrefix, KvReport, TokenLogprob
 from services.runtime.errors import TandemError
 
 
@@ -28,11 +28,15 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an attempt runs. Without a prefill worker the decode worker computes the prompt."""
+    """Where an attempt runs. Without a prefill worker the decode worker computes the prompt.
+
+    `prefix` is a worker that holds more of the prompt than the one that computes it.
+    """
 
     decode: Worker
     prefill: Worker | None = None
     reasons: tuple[str, ...] = ()
+    prefix: KvPrefix | None = None
 
 
 # Events. `attempt` is the placement they belong to: 0, 1, 2...
@@ -142,19 +146,24 @@ class CancelPlace:
 
 @dataclass(frozen=True, slots=True)
 class StartPrefill:
-    """Run prompt and tokens so far on this worker."""
+    """Run prompt and tokens so far on this worker; it may take their start from `prefix`."""
 
     attempt: int
     worker: Worker
+    prefix: KvPrefix | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StartDecode:
-    """Have this worker generate, its KV coming from `source` (under the attempt's lease)."""
+    """Have this worker generate, its KV coming from `source` (under the attempt's lease).
+
+    Without a source it computes the prompt, and may take its start from `prefix`.
+    """
 
     attempt: int
     worker: Worker
     source: Worker | None
+    prefix: KvPrefix | None = None
 
 
 @dataclass(frozen=True, slots=True)

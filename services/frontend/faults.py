@@ -10,7 +10,9 @@ FINAL = frozenset({"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "DEA
 FULL = frozenset({"ENGINE_OVERLOADED"})
 """The worker is well, and will do once it has room: the coordinator knows to wait for that."""
 
-SOURCE = frozenset({"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT"})
+SOURCE = frozenset(
+    {"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"}
+)
 """Said by a decode worker of the prefill worker that it was to fetch from. Where the fault is with
 the two together, one has to go, and a prompt is the cheaper to move."""
 

@@ -272,12 +272,13 @@ class _Attempt:
         """Carries out what concerns workers."""
         name = self._tokens.request_id
         match command:
-            case StartPrefill(_, worker):
+            case StartPrefill(_, worker, prefix):
                 link = self._workers.prefill(worker.address)
-                self._prefill = link.start(self._tokens, self._left(), self)
-            case StartDecode(_, worker, source):
+                prompt = wire.prefill_request(self._tokens, prefix)
+                self._prefill = link.start(prompt, self._left(), self)
+            case StartDecode(_, worker, source, prefix):
                 deadline_ms = min(round(self._left() * 1000), MAX_DEADLINE_MS)
-                message = wire.start_message(self._tokens, worker, source, deadline_ms)
+                message = wire.start_message(self._tokens, worker, source, prefix, deadline_ms)
                 self._link = self._workers.decode(worker.address)
                 self._link.start(name, message, self)
             case Proceed(_, worker, token_ids, handle):

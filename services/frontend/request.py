@@ -176,13 +176,15 @@ class Request:
         context = self.limits.prompt_tokens + len(self.output)
         attempt = Attempt(placement, context, decode_runs=True)
         self.attempts.append(attempt)
-        start = StartDecode(self.number, placement.decode, placement.prefill)
         if placement.prefill is None:
             self.state = State.DECODING
-            return [start]
+            return [StartDecode(self.number, placement.decode, None, placement.prefix)]
         attempt.prefill_runs = True
         self.state = State.PROMPT
-        return [StartPrefill(self.number, placement.prefill), start]
+        return [
+            StartPrefill(self.number, placement.prefill, placement.prefix),
+            StartDecode(self.number, placement.decode, placement.prefill),
+        ]
 
     def _unplaced(self, event: Unplaced, now: float) -> list[Command]:
         return self._end(now, [Fail(no_more_workers(event.error, self.last_error))])

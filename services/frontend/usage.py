@@ -26,7 +26,9 @@ def _uncomputed(attempt: Attempt) -> list[int]:
     report = prefill if placement.prefill else decode
     found = [attempt.context_tokens]
     if report is not None:
-        found.append(report.cached_tokens)
+        # What it took from a worker that held it was not computed either.
+        elsewhere = report.prefix.tokens if report.prefix is not None else 0
+        found.append(report.cached_tokens + elsewhere)
     elif attempt.tokens or attempt.accepted:
         # It was at work and took its report with it: what it was known to hold is all we have.
         found.append(runner.cached_tokens)

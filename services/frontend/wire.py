@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import grpc
 
-from services.engine.api import KvReport, Sampling, TokenLogprob
-from services.engine.wire import FINISH, kv_to
+from services.engine.api import KvPrefix, Sampling, TokenLogprob
+from services.engine.wire import FINISH, kv_from, kv_to, prefix_from, prefix_to
 from services.frontend.events import DecodeOutput, Placement, PrefillDone, Worker
 from services.frontend.request import Request
 from services.frontend.served import ServedModel
@@ -76,7 +76,7 @@ def route_to(request: Request) -> inference_pb2.Route:
     attempts = []
     for attempt in request.attempts:
         placement = attempt.placement
-        kv = attempt.decode_kv
+        decode_kv, prefill_kv = attempt.decode_kv, attempt.prefill_kv
         attempts.append(
             inference_pb2.RouteAttempt(
                 prefill_worker=placement.prefill.worker_id if placement.prefill else "",
@@ -84,7 +84,8 @@ def route_to(request: Request) -> inference_pb2.Route:
                 reasons=placement.reasons,
                 tokens=attempt.tokens,
                 failure=attempt.failure,
-                kv=None if kv is None else kv_to(kv),
+                kv=None if decode_kv is None else kv_to(decode_kv),
+                prefill_kv=None if prefill_kv is None else kv_to(prefill_kv),
             )
         )
     return inference_pb2.Route(
@@ -136,8 +137,21 @@ def token_request(
     )
 
 
+def prefill_request(
+    request: generation_pb2.TokenRequest, prefix: KvPrefix | None
+) -> prefill_pb2.PrefillRequest:
+    """An attempt for a prefill worker."""
+    return prefill_pb2.PrefillRequest(
+        request=request, prefix=None if prefix is None else prefix_to(prefix)
+    )
+
+
 def start_message(
-    request: generation_pb2.TokenRequest, worker: Worker, source: Worker | None, deadline_ms: int
+    request: generation_pb2.TokenRequest,
+    worker: Worker,
+    source: Worker | None,
+    prefix: KvPrefix | None,
+    deadline_ms: int,
 ) -> decode_pb2.DecodeRequest:
     """An attempt for a decode worker. Its lease at the source has the attempt's id."""
     start = decode_pb2.Start(request=request, dp_rank=worker.dp_rank, deadline_ms=deadline_ms)
@@ -145,6 +159,8 @@ def start_message(
         start.source.worker_id = source.worker_id
         start.source.address = source.address
         start.source.lease_id = request.request_id
+    elif prefix is not None:
+        start.prefix.CopyFrom(prefix_to(prefix))
     return decode_pb2.DecodeRequest(start=start)
 
 
@@ -176,7 +192,7 @@ def output_from(number: int, message: decode_pb2.RequestOutput) -> DecodeOutput:
         _logprobs_from(message.logprobs) if message.logprobs else (),
         _FINISH_FROM.get(message.finish_reason),
         error,
-        _kv_from(message.kv) if message.HasField("kv") else None,
+        kv_from(message.kv) if message.HasField("kv") else None,
     )
 
 
@@ -188,7 +204,7 @@ def done_from(number: int, message: prefill_pb2.PrefillDone) -> PrefillDone:
         _logprobs_from(message.logprobs),
         _FINISH_FROM.get(message.finish_reason),
         message.handle,
-        _kv_from(message.kv) if message.HasField("kv") else None,
+        kv_from(message.kv) if message.HasField("kv") else None,
     )
 
 
@@ -201,26 +217,18 @@ def _logprobs_from(items: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenL
     )
 
 
-def _kv_from(report: generation_pb2.KvReport) -> KvReport:
-    return KvReport(
-        transport=report.transport,
-        bytes=report.bytes,
-        blocks=report.blocks,
-        seconds=report.seconds,
-        exposed_seconds=report.exposed_seconds,
-        cached_tokens=report.cached_tokens,
-        computed_tokens=report.computed_tokens,
-        corrupt_blocks=report.corrupt_blocks,
-    )
-
-
 # From the coordinator
 
 
 def placement_from(message: coordinator_pb2.PlaceResponse) -> Placement:
     """Where to go."""
     prefill = _worker_from(message.prefill) if message.HasField("prefill") else None
-    return Placement(_worker_from(message.decode), prefill, tuple(message.reasons))
+    return Placement(
+        _worker_from(message.decode),
+        prefill,
+        tuple(message.reasons),
+        prefix_from(message.prefix),
+    )
 
 
 def _worker_from(message: coordinator_pb2.PlacedWorker) -> Worker:

@@ -13,7 +13,6 @@ from services.frontend.wire import failure_of
 from services.runtime.channels import Channels
 from services.runtime.errors import EngineFailedError, TandemError, WorkerLostError
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
-from tandem.generation.v1 import generation_pb2
 from tandem.kvtransfer.v1 import kvtransfer_pb2, kvtransfer_pb2_grpc
 from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
@@ -145,7 +144,7 @@ class PrefillLink:
         return bool(self._tasks)
 
     def start(
-        self, request: generation_pb2.TokenRequest, timeout: float, sink: PrefillSink
+        self, request: prefill_pb2.PrefillRequest, timeout: float, sink: PrefillSink
     ) -> asyncio.Task[None]:
         """Starts a Prefill call of at most `timeout` seconds; cancelling the task cancels it."""
         return self._spawn(self._call(request, timeout, sink))
@@ -169,9 +168,9 @@ class PrefillLink:
         return task
 
     async def _call(
-        self, request: generation_pb2.TokenRequest, timeout: float, sink: PrefillSink
+        self, request: prefill_pb2.PrefillRequest, timeout: float, sink: PrefillSink
     ) -> None:
-        call = self._prefill.Prefill(prefill_pb2.PrefillRequest(request=request), timeout=timeout)
+        call = self._prefill.Prefill(request, timeout=timeout)
         answered = False
         try:
             async for message in call:
