@@ -21,7 +21,7 @@ from dataclasses import dataclass
 MAGIC = b"TNDMKV\x00\x01"
 NONCE_BYTES = 16
 MAX_RANGES = 256
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 16 * 2**20
 WINDOW = 2
 MAX_WORDS = 1024
 

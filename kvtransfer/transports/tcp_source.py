@@ -22,7 +22,7 @@ MAX_CONNECTIONS = 4096
 HELLO_SECONDS = 5.0
 STALL_SECONDS = 30.0
 """A sink that takes nothing of a reply for this long is gone."""
-TURN_REPLIES = 8
+TURN_REPLIES = 2
 """Sent in a row by one thread, before other connections have their turn."""
 
 

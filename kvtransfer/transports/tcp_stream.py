@@ -99,8 +99,9 @@ class Stream:
         return words[: len(words) - left.nbytes].decode(errors="replace")
 
 
-def batches(reads: Sequence[Read]) -> list[list[Read]]:
-    """The same bytes in requests within the protocol's limits; long reads are cut."""
+def batches(reads: Sequence[Read], share: int) -> list[list[Read]]:
+    """The same bytes in requests of at most `share` bytes, within the protocol's limits."""
+    most = min(share, protocol.MAX_BYTES)
     result: list[list[Read]] = []
     room = 0
     for read in reads:
@@ -108,7 +109,7 @@ def batches(reads: Sequence[Read]) -> list[list[Read]]:
         while at < read.length:
             if not room or len(result[-1]) == protocol.MAX_RANGES:
                 result.append([])
-                room = protocol.MAX_BYTES
+                room = most
             size = min(read.length - at, room)
             result[-1].append(Read(read.remote + at, read.local + at, size))
             at += size
