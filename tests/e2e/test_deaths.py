@@ -97,6 +97,7 @@ async def test_with_none_left_the_answer_is_a_clear_unavailable(role):
     settings = SCRIPTED | {
         "engine.scripted_step_seconds": "0.02",
         "coordinator.local_prefill_tokens": "0",
+        "coordinator.worker_wait_seconds": "0.5",
     }
     async with running(1, 1, settings, restart=False) as cluster:
 
@@ -117,6 +118,26 @@ async def test_with_none_left_the_answer_is_a_clear_unavailable(role):
             answer = await cluster.ask(prompt(max_tokens=5, ignore_eos=True))
             assert len(answer.tokens) == 5
             assert answer.last.route.attempts[-1].prefill_worker == ""
+
+
+async def test_the_only_decode_worker_is_brought_back_and_the_stream_goes_on():
+    settings = SCRIPTED | {"engine.scripted_step_seconds": "0.02"}
+    request = prompt(max_tokens=40, ignore_eos=True, temperature=0.8, seed=11)
+    async with running(1, 1, settings, restart=True) as cluster:
+        undisturbed = await cluster.ask(request)
+        killed = []
+
+        async def kill(answer) -> None:
+            if len(answer.tokens) >= 5 and not killed:
+                killed.append(True)
+                cluster.local.kill("decode-0", signal.SIGKILL)
+
+        answer = await cluster.ask(request, kill)
+        assert killed
+        assert answer.tokens == undisturbed.tokens
+        first, second = answer.last.route.attempts
+        assert first.failure == "WORKER_LOST"
+        assert any("waited" in reason for reason in second.reasons)
 
 
 async def test_coordinator_killed_streams_finish_and_workers_come_back(scripted: Cluster):
