@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import gc
 import json
+import threading
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from kvtransfer.keys import block_keys, salt
 from services.engine.api import (
     FinishReason,
     FirstTokens,
@@ -29,6 +31,7 @@ from services.runtime.errors import (
     EngineOverloadedError,
     InvalidRequestError,
 )
+from services.runtime.load import SettingsError
 from services.runtime.server import Server
 from services.runtime.settings import (
     EngineSettings,
@@ -134,6 +137,11 @@ class Worker:
         if not leases:
             assert stats.held_blocks == 0
             assert stats.free_blocks == self.engine.info.total_blocks
+
+    def keys(self, ids) -> list[bytes]:
+        """Of a prompt's full blocks."""
+        layout = self.engine.info.layout
+        return block_keys(ids, layout.block_tokens, salt("tiny", layout.fingerprint))
 
     def source(self, request_id: str) -> KvSource:
         return KvSource("prefill", self.address, request_id)
@@ -633,6 +641,138 @@ async def test_a_window_is_never_larger_than_the_pool(new):
     tokens = await worker.generate("a", prompt(9), dataclasses.replace(GREEDY, max_tokens=500))
     assert len(tokens) == 4 * BLOCK - 9
     await worker.settled()
+
+
+# Tiers
+
+
+def tiered(kind: str, folder) -> dict:
+    """Settings of a worker whose pool holds one prompt, not two, and has a tier."""
+    disk = {"disk_tier_mib": 4, "disk_tier_folder": str(folder)}
+    return {"kv_blocks": 10, "kv": {"host_tier_mib": 4} if kind == "host" else disk}
+
+
+async def copied(worker: Worker, blocks: int) -> None:
+    """Until so many blocks are in the worker's tiers."""
+    await eventually(lambda: sum(t.blocks for t in worker.engine._store.stats().tiers) >= blocks)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+async def test_an_evicted_prompt_comes_back_from_its_tier(new, tier, tmp_path):
+    worker, alone = await new(**tiered(tier, tmp_path)), await new()
+    for i, sampling in enumerate((GREEDY, PENALIZED)):
+        one, other = prompt(57, 2 * i), prompt(60, 2 * i + 1)
+        expected = await alone.generate(f"{i}", one, sampling)
+        assert await worker.generate(f"{i}-first", one, sampling) == expected
+        await copied(worker, 14 * i + 7)
+        await worker.generate(f"{i}-other", other, sampling)
+        await copied(worker, 14 * i + 14)
+        assert await worker.generate(f"{i}-again", one, sampling) == expected
+        report = worker.outputs[f"{i}-again"][0].kv
+        assert (report.cached_tokens, report.computed_tokens, report.bytes) == (56, 1, 0)
+    stats = worker.engine._store.stats()
+    assert stats.restored > 0
+    assert stats.lost == stats.tiers[0].corrupt == 0
+    await worker.settled()
+
+
+async def test_blocks_on_disk_outlive_the_worker(new, tmp_path):
+    first = await new(**tiered("disk", tmp_path))
+    expected = await first.generate("a", prompt(57), GREEDY)
+    await copied(first, 8)
+    await first.close()
+    again = await new(**tiered("disk", tmp_path))
+    events = await anext(again.engine.kv_events())
+    assert events.snapshot
+    assert len(events.stored) == 8
+    assert await again.generate("a", prompt(57), GREEDY) == expected
+    assert again.outputs["a"][0].kv.cached_tokens == 56
+
+
+@pytest.mark.parametrize("side", ["source", "sink"])
+async def test_a_hand_off_with_blocks_in_a_tier(new, side, tmp_path):
+    alone = await new()
+    source = await new(**(tiered("host", tmp_path) if side == "source" else {}))
+    sink = await new(**(tiered("host", tmp_path) if side == "sink" else {}))
+    worker = source if side == "source" else sink
+    one, longer = prompt(40), prompt(59)
+    await worker.generate("warm", one, GREEDY)
+    await copied(worker, 6)
+    await worker.generate("other", prompt(70, 1), GREEDY)
+    request = Request("r", longer, SAMPLED)
+    expected = await alone.generate("r", longer, SAMPLED)
+    assert await hand_off(source, sink, request) == expected
+    prefilled = source.outputs["r"][0].kv
+    report = next(o.kv for o in sink.outputs["r"] if o.kv)
+    if side == "source":
+        assert (prefilled.cached_tokens, prefilled.computed_tokens) == (40, 19)
+        assert (report.cached_tokens, report.blocks) == (0, 8)
+    else:
+        assert (report.cached_tokens, report.blocks, report.computed_tokens) == (40, 3, 0)
+    await source.settled()
+    await sink.settled()
+
+
+async def test_others_run_while_blocks_come_back_and_it_can_be_cancelled(new, tmp_path):
+    worker = await new(**tiered("host", tmp_path))
+    expected = await worker.generate("a", prompt(40), GREEDY)
+    await copied(worker, 6)
+    await worker.generate("other", prompt(60, 1), GREEDY)
+    chain = worker.engine._store.tiers._chain
+    began, go_on, read = threading.Event(), threading.Event(), chain.read
+
+    def slow(key, into):
+        began.set()
+        assert go_on.wait(WAIT)
+        return read(key, into)
+
+    chain.read = slow
+    try:
+        worker.engine.decode(Request("again", prompt(40), GREEDY), None)
+        await asyncio.to_thread(began.wait, WAIT)
+        await worker.generate("meanwhile", prompt(5, 2), GREEDY)
+        assert "again" not in worker.outputs
+        worker.engine.cancel("again")
+        go_on.set()
+        await worker.settled()
+        assert "again" not in worker.outputs
+        assert await worker.generate("again", prompt(40), GREEDY) == expected
+    finally:
+        go_on.set()
+
+
+async def test_a_damaged_block_in_a_tier_is_computed_again(new, tmp_path):
+    worker = await new(**tiered("host", tmp_path))
+    expected = await worker.generate("a", prompt(57), GREEDY)
+    await copied(worker, 8)
+    await worker.generate("other", prompt(60, 1), GREEDY)
+    (tier,) = worker.engine._store.tiers._chain.tiers
+    tier._medium._data[tier._index[worker.keys(prompt(57))[3]].slot][5] ^= 8
+    assert await worker.generate("again", prompt(57), GREEDY) == expected
+    assert worker.outputs["again"][0].kv.cached_tokens == 24
+    assert tier.stats().corrupt == 1
+    await worker.settled()
+
+
+async def test_pressure_and_tiers_change_no_token(new, tmp_path):
+    """Many prompts, some alike, in a pool that holds two: evicted, preempted, brought back."""
+    worker = await new(kv_blocks=14, kv={"host_tier_mib": 4}, max_running=6)
+    alone = await new()
+    requests = [Request(f"r{i}", prompt(20 + 6 * (i % 4), i % 5), SAMPLED) for i in range(20)]
+    expected = [await alone.generate(r.request_id, r.prompt_token_ids, SAMPLED) for r in requests]
+    found = await asyncio.gather(
+        *(worker.generate(r.request_id, r.prompt_token_ids, SAMPLED) for r in requests)
+    )
+    assert found == expected
+    await worker.settled()
+
+
+async def test_tiers_that_can_not_be_are_refused_at_the_start(new, tmp_path):
+    with pytest.raises(SettingsError, match=r"needs a kv\.disk_tier_folder"):
+        await new({"disk_tier_mib": 4})
+    await new({"disk_tier_mib": 4, "disk_tier_folder": str(tmp_path)})
+    with pytest.raises(SettingsError, match="in use by process"):
+        await new({"disk_tier_mib": 4, "disk_tier_folder": str(tmp_path)})
 
 
 # What is generated
