@@ -70,6 +70,10 @@ def describe(end: End) -> str:
         failed = f", lost: {attempt.failure}" if attempt.failure else ""
         lines.append(f"{route}: {attempt.tokens} tokens, {moved}{failed}")
         lines += [f"  {reason}" for reason in attempt.reasons]
+        if attempt.prefix:
+            lines.append(f"  prefix: {attempt.prefix}")
+        if attempt.lost:
+            lines.append(f"  a fetch was lost: {attempt.lost}")
     return "\n".join(lines)
 
 

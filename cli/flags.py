@@ -47,9 +47,12 @@ def addresses(file: Path | None, environment: Mapping[str, str]) -> tuple[str, s
     return server.advertise or f"{host}:{server.port}", settings.frontend.coordinator
 
 
-def texts(sets: Iterable[str], model_name: str | None, engine: str | None) -> dict[str, str]:
-    """`--set`, `--model` and `--engine` as a cluster passes them on to its processes."""
-    flags = [*given(sets, engine=("engine.kind", engine)), *model(model_name)]
+def texts(
+    sets: Iterable[str], model_name: str | None, engine: str | None, transport: str | None = None
+) -> dict[str, str]:
+    """`--set` and the named flags as a cluster passes them on to its processes."""
+    named = given(sets, engine=("engine.kind", engine), transport=("kv.transports", transport))
+    flags = [*named, *model(model_name)]
     return {flag.key: str(flag.value) for flag in flags}
 
 

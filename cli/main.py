@@ -41,6 +41,15 @@ class Role(enum.StrEnum):
     DECODE = "decode"
 
 
+class Transport(enum.StrEnum):
+    """Ways for KV from prefill to decode."""
+
+    SHM = "shm"
+    TCP = "tcp"
+    NIXL = "nixl"
+    UCX = "ucx"
+
+
 Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="Settings file (TOML). Default: $TANDEM_CONFIG."),
@@ -63,6 +72,10 @@ Prefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.
 Decode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.")]
 Engine = Annotated[
     str | None, typer.Option("--engine", help="torch, or scripted (no model; for trying things).")
+]
+OneTransport = Annotated[
+    Transport | None,
+    typer.Option("--transport", help="Move KV by this one and no other. Default: as settings say."),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Say what it took, and where it ran.")]
 
@@ -160,6 +173,7 @@ def up(
         int | None, typer.Option(help="Of the coordinator. Default: 7450; 0 takes a free one.")
     ] = None,
     engine: Engine = None,
+    transport: OneTransport = None,
     config: Config = None,
     sets: Set = [],  # noqa: B006
     restart: Annotated[bool, typer.Option(help="Start processes again that die.")] = True,
@@ -178,6 +192,7 @@ def up(
     tandem up --prefill 2 --decode 2
     tandem up --model ~/models/Llama-3.2-1B --set engine.kv_memory_mib=2048
     tandem up --engine scripted --set engine.scripted_step_seconds=0.02
+    tandem up --transport nixl
     """  # noqa: D301 - click's mark for lines to keep
     with plain_errors():
         from cli import flags
@@ -188,7 +203,7 @@ def up(
 
         file = flags.config(config, os.environ)
         frontend, coordinator = flags.ports(file, os.environ)
-        chosen = flags.texts(sets, model, engine)
+        chosen = flags.texts(sets, model, engine, transport)
         prepare(file, os.environ, chosen, fetch=False)
         plan = Plan(
             prefill=prefill,
@@ -211,6 +226,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is the capital of Japan?",
     keep: Annotated[bool, typer.Option("--keep", help="Stay up, for `tandem chat`.")] = False,
     engine: Engine = None,
+    transport: OneTransport = None,
     config: Config = None,
     sets: Set = [],  # noqa: B006
 ) -> None:
@@ -227,7 +243,7 @@ def demo(
         from services.runtime import process
 
         file = flags.config(config, os.environ)
-        chosen = flags.texts(sets, model, engine)
+        chosen = flags.texts(sets, model, engine, transport)
         prepare(file, os.environ, chosen, fetch=True)
         show = Show(prompt, prefill, decode, chosen, file, keep)
         raise typer.Exit(process.run(lambda stop: run_demo(show, stop)))
@@ -314,15 +330,16 @@ def status(
         typer.Option("--coordinator", metavar="HOST:PORT", help="Default: as settings say."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it current.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, once.")] = False,
     config: Config = None,
 ) -> None:
-    """Show workers, their load, their KV pools, and what the coordinator decided."""
+    """Show workers, their load, their KV pools, how KV moved, and what the coordinator decided."""
     with plain_errors():
         from cli import flags
         from cli import status as module
 
         where = coordinator or flags.addresses(config, os.environ)[1]
-        _run(module.watch(where) if watch else module.show(where))
+        _run(module.watch(where) if watch else module.show(where, as_json=as_json))
 
 
 @app.command()

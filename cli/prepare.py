@@ -1,15 +1,16 @@
-"""What a cluster needs before its processes start: a model that all of them will find."""
+"""What a cluster needs before its processes start: a model they all find, a way to move KV."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kvtransfer.transports.available import why_not_here
 from services.engine.models.catalog import CATALOG
 from services.engine.models.errors import ModelNotFoundError
 from services.engine.models.folder import resolve
-from services.runtime.load import Given, load
-from services.runtime.settings import FrontendProcess
+from services.runtime.load import Given, SettingsError, load
+from services.runtime.settings import FrontendProcess, WorkerProcess
 
 
 def prepare(
@@ -19,9 +20,11 @@ def prepare(
 
     With `fetch`, a model of the catalogue that is not here is downloaded. Here, and not in four
     processes at once, which would wait for one another without a word.
-    Raises SettingsError and what services.engine.models raises.
+    Raises SettingsError, also if no KV transport that is asked for can be had here, and what
+    services.engine.models raises.
     """
     flags = [Given(key, value, f"--set {key}={value}") for key, value in settings.items()]
+    _require_a_transport(load(WorkerProcess, file, environment, flags)[0].kv.transports)
     model = load(FrontendProcess, file, environment, flags)[0].model
     try:
         resolve(model)
@@ -31,3 +34,10 @@ def prepare(
         from cli.models import fetch as fetch_model
 
         fetch_model(model.name, None)
+
+
+def _require_a_transport(names: Sequence[str]) -> None:
+    why = why_not_here(names)
+    if len(why) == len(set(names)):
+        said = "; ".join(f"{name}: {words}" for name, words in why.items())
+        raise SettingsError(f"kv.transports: none can be used here. {said}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.live import Live
@@ -14,10 +16,14 @@ from services.runtime.client import CallFailedError, Client
 WATCH_SECONDS = 1.0
 
 
-async def show(coordinator: str) -> None:
+async def show(coordinator: str, *, as_json: bool) -> None:
     """Prints it once. Raises CallFailedError."""
     async with Client("", coordinator) as client:
-        Console().print(view.cluster(await client.status()))
+        status = await client.status()
+    if as_json:
+        print(json.dumps(asdict(status), indent=2))
+    else:
+        Console().print(view.cluster(status))
 
 
 async def watch(coordinator: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvtransfer.observe import Figures, Traffic, total
 from services.runtime.client import Status, Worker
 
 
@@ -31,15 +32,19 @@ def duration(seconds: float) -> str:
 
 
 def cluster(status: Status) -> RenderableType:
-    """Workers, their load and KV pools, and what the coordinator decided."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("worker", "role", "pid", "state"):
-        table.add_column(heading)
-    for heading in ("running", "waiting", "step", "done", "KV used", "cached", "leases", "fetched"):
-        table.add_column(heading, justify="right")
+    """Workers, their load and KV pools, how KV moved, and what the coordinator decided.
+
+    It fits 80 columns, unless names are long.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("worker", no_wrap=True)
+    for heading in ("pid", "run", "wait", "step", "done", "KV used", "cached", "leases"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for worker in status.workers:
-        table.add_row(*_row(worker))
-    return Group(table, Text(summary(status), style="dim"))
+        table.add_row(*_row(worker), style="yellow" if _state(worker) else "")
+    remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
+    lines = [Text(line, style="dim") for line in (*transports(status), summary(status))]
+    return Group(table, *(Text(remark, style="yellow") for remark in remarks), *lines)
 
 
 def summary(status: Status) -> str:
@@ -54,16 +59,53 @@ def summary(status: Status) -> str:
     )
 
 
+def transports(status: Status) -> list[str]:
+    """Which KV transports are offered, and a line for each that was used: what moved, and why."""
+    lines = [*_offered(status.workers)]
+    sums: dict[str, list[Traffic]] = {}
+    for worker in status.workers:
+        for traffic in worker.kv_traffic:
+            if not traffic.peer:
+                sums.setdefault(traffic.transport, []).append(traffic)
+    for name, parts in sorted(sums.items()):
+        why = "; ".join(dict.fromkeys(p.why for p in parts if p.why))
+        lines.append(_moved(name, total(parts)) + (f" ({why})" if why else ""))
+    return lines
+
+
+def _offered(workers: Sequence[Worker]) -> Iterator[str]:
+    """A line for each set of transports that workers offer."""
+    sets: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], list[str]] = {}
+    for worker in workers:
+        key = worker.kv_transports, tuple(sorted(worker.kv_not_offered.items()))
+        sets.setdefault(key, []).append(worker.worker_id)
+    for (names, missing), who in sets.items():
+        offered = ", ".join(names) or "none"
+        where = f" by {', '.join(who)}" if len(sets) > 1 else ""
+        not_offered = "".join(f"; not {name}: {why}" for name, why in missing)
+        yield f"KV transports offered{where}: {offered}{not_offered}"
+
+
+def _moved(name: str, figures: Figures) -> str:
+    words = f"{name or 'no transport'}: {figures.fetches} fetches"
+    if figures.bytes:
+        words += f", {size(figures.bytes)}, {duration(figures.exposed_seconds)} of it exposed"
+    bad = {
+        "refused": figures.refused,
+        "lost": figures.lost,
+        "expired": figures.expired,
+        "stale": figures.stale,
+        "blocks corrupt": figures.corrupt,
+        "pieces read twice": figures.reread,
+    }
+    return words + "".join(f", {count} {what}" for what, count in bad.items() if count)
+
+
 def _row(worker: Worker) -> Iterable[str]:
-    state = "draining" if worker.draining else "up"
-    if worker.silent_seconds > 1:
-        state += f", silent {worker.silent_seconds:.0f} s"
-    fetched = ", ".join(f"{name} {size(n)}" for name, n in sorted(worker.kv_bytes.items()) if n)
+    name = worker.worker_id
     return (
-        worker.worker_id,
-        worker.role,
+        name if name.startswith(worker.role) else f"{name} ({worker.role})",
         str(worker.pid),
-        state,
         str(worker.running),
         str(worker.waiting),
         duration(worker.step_seconds) if worker.step_seconds else "-",
@@ -71,5 +113,11 @@ def _row(worker: Worker) -> Iterable[str]:
         f"{worker.held_blocks}/{worker.total_blocks}",
         str(worker.cached_blocks),
         str(worker.leases),
-        fetched or "-",
     )
+
+
+def _state(worker: Worker) -> str:
+    """What is to be said of it, if it is not simply up."""
+    if worker.silent_seconds > 1:
+        return f"was silent for {worker.silent_seconds:.0f} s"
+    return "is draining" if worker.draining else ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Self
 
 import grpc
 
+from kvtransfer.observe import Figures, Traffic
 from services.runtime.channels import Channels
 from services.runtime.errors import InvalidRequestError, from_rpc
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -73,6 +74,10 @@ class Attempt:
     kv_seconds: float
     exposed_seconds: float
     computed_tokens: int
+    lost: str = ""
+    """Why a fetch did not bring all that it was for."""
+    prefix: str = ""
+    """What was done about a prefix that another worker holds, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +123,17 @@ class Worker:
     finished: int
     step_seconds: float
     kv_bytes: dict[str, int]
+    kv_refused: int
+    leases_expired: int
     draining: bool
     silent_seconds: float
+    region: str = ""
+    kv_transports: tuple[str, ...] = ()
+    """Offered, best first."""
+    kv_not_offered: dict[str, str] = field(default_factory=dict)
+    """Transports that it should offer and can't: why not."""
+    kv_traffic: tuple[Traffic, ...] = ()
+    """What it fetched: a sum for each transport, then the peers that most came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +278,8 @@ def _attempt(a: inference_pb2.RouteAttempt) -> Attempt:
         kv_seconds=a.kv.seconds,
         exposed_seconds=a.kv.exposed_seconds,
         computed_tokens=a.kv.computed_tokens,
+        lost=a.kv.lost,
+        prefix=a.prefill_kv.prefix.reason or a.kv.prefix.reason,
     )
 
 
@@ -286,6 +302,17 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
         finished=stats.finished,
         step_seconds=stats.step_seconds,
         kv_bytes=dict(stats.kv_bytes),
+        kv_refused=stats.kv_refused,
+        leases_expired=stats.leases_expired,
         draining=worker.draining,
         silent_seconds=worker.silent_seconds,
+        region=info.region,
+        kv_transports=tuple(info.kv_transports),
+        kv_not_offered=dict(info.kv_not_offered),
+        kv_traffic=tuple(_traffic(traffic) for traffic in stats.kv_traffic),
     )
+
+
+def _traffic(traffic: coordinator_pb2.KvTraffic) -> Traffic:
+    figures = Figures(**{f.name: getattr(traffic, f.name) for f in fields(Figures)})
+    return Traffic(traffic.transport, traffic.peer, figures, traffic.why)

@@ -98,8 +98,10 @@ class EngineSettings(_Section):
 class KvSettings(_Section):
     """The KV hand-off."""
 
-    transports: tuple[Literal["shm", "tcp"], ...] = Field(
-        ("shm", "tcp"), min_length=1, description="Offered, best first."
+    transports: tuple[Literal["shm", "nixl", "ucx", "tcp"], ...] = Field(
+        ("shm", "tcp"),
+        min_length=1,
+        description="Offered, best first. nixl and ucx need the package's extras of these names.",
     )
     tcp_host: str = Field("", description="Address of the TCP data port; empty: server.host.")
     tcp_port: int = Field(0, ge=0, le=65535, description="TCP data port; 0 takes a free one.")
@@ -113,8 +115,8 @@ class KvSettings(_Section):
     )
     stall_seconds: Seconds = Field(
         15.0,
-        description="A source that answers nothing, or takes longer for one read of at most 16 MiB, "
-        "is given up.",
+        description="A source that answers nothing, or takes longer for one read of at most 16 "
+        "MiB, is given up.",
     )
     layers_per_piece: int = Field(
         8, ge=1, description="Layers that are offered, read and checked together."
