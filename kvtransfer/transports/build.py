@@ -10,6 +10,7 @@ from kvtransfer.transports.base import Transport
 from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport, host_identity
 from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.ucx import UcxTransport
 
 
 def make_transports(
@@ -30,6 +31,7 @@ def make_transports(
     makers: dict[str, Callable[[], Transport]] = {
         "shm": lambda: ShmTransport(segment, offload, here),
         "nixl": lambda: NixlTransport(segment, host),
+        "ucx": lambda: UcxTransport(segment, host),
         "tcp": lambda: TcpTransport(segment, host, port),
     }
     return [makers[name]() for name in names]

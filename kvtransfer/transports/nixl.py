@@ -37,6 +37,7 @@ from kvtransfer.transports.base import Offer, Read, require_inside
 from kvtransfer.transports.descriptors import Descriptors, Regions, described, packed, unpacked
 from kvtransfer.transports.nixl_agent import NixlAgent, NixlError, load
 from kvtransfer.transports.nixl_reads import NixlReads
+from kvtransfer.transports.ucx_settings import loopback_only
 
 IDLE_SECONDS = 30.0
 GRACE_SECONDS = 1.0
@@ -248,11 +249,6 @@ class NixlReader:
         if self._source is not None:
             self._transport.leave(self._source, self._kept)
             self._source = None
-
-
-def loopback_only(host: str) -> dict[str, str]:
-    """Settings of UCX that keep it off every other network if `host` is a loopback address."""
-    return {"NET_DEVICES": "lo"} if host in ("localhost", "::1") or host.startswith("127.") else {}
 
 
 def _source(ticket: Offer) -> _Source:

@@ -20,10 +20,11 @@ from kvtransfer.transports.base import Offer, Read, Transport
 from kvtransfer.transports.nixl import NixlTransport
 from kvtransfer.transports.shm import ShmTransport, host_identity
 from kvtransfer.transports.tcp import TcpTransport
+from kvtransfer.transports.ucx import UcxTransport
 from tests.contract.kv_rig import RemoteSource
 from tests.contract.kv_source import content
 
-NAMES = ("shm", "tcp", "nixl", "nixl over tcp")
+NAMES = ("shm", "tcp", "ucx", "nixl", "nixl over tcp")
 """The last is what NIXL does across hosts without RDMA, where it needs the source's help."""
 SOURCE_BLOCKS = 2000
 SINK_BYTES = 28 * 2**20
@@ -76,6 +77,8 @@ async def sink(name, segment):
         made = ShmTransport(segment, offload, host_identity(), idle_seconds=0.2)
     elif name == "tcp":
         made = TcpTransport(segment, "127.0.0.1", 0, idle_seconds=0.2)
+    elif name == "ucx":
+        made = UcxTransport(segment, "127.0.0.1", idle_seconds=0.2)
     else:
         ucx = {"TLS": "tcp"} if name == "nixl over tcp" else {}
         made = NixlTransport(segment, "127.0.0.1", ucx=ucx, idle_seconds=0.2, grace_seconds=0.3)
