@@ -56,8 +56,9 @@ class LocalCluster:
 
     Processes are "coordinator", "frontend", "prefill-0"..., "decode-0"...; worker ids are
     these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
-    them, over `config` and the environment. Ports are free ones unless asked for; coordinator and
-    frontend keep theirs when restarted. `restart` brings dead processes back, with backoff.
+    them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
+    unless asked for; coordinator and frontend keep theirs when restarted. `restart` brings dead
+    processes back, with backoff.
 
     Leaving the context drains and ends every process; ClusterError says if one of them had to be
     killed or failed. An exception (a cancellation, too) on the way out kills all at once.
@@ -69,6 +70,7 @@ class LocalCluster:
         prefill: int = 1,
         decode: int = 1,
         settings: Mapping[str, str] | None = None,
+        own: Mapping[str, Mapping[str, str]] | None = None,
         config: Path | None = None,
         environment: Mapping[str, str] | None = None,
         frontend_port: int = 0,
@@ -82,6 +84,7 @@ class LocalCluster:
         self._restart = restart
         self._on_event = on_event
         self._settings = dict(settings or {})
+        self._own = dict(own or {})
         self._drain_seconds = self._settle(prefill + decode)
         self._passing_logs = logs is None
         self.logs = logs or Path(tempfile.mkdtemp(prefix="tandem-logs-"))
@@ -213,7 +216,7 @@ class LocalCluster:
         self._tell(member, "ready", child.address)
 
     def _arguments(self, member: _Member) -> list[str]:
-        settings = self._settings | member.settings
+        settings = self._settings | member.settings | dict(self._own.get(member.name, {}))
         if member.role != "coordinator":
             settings["worker.coordinator"] = self.address("coordinator")
             settings["frontend.coordinator"] = self.address("coordinator")

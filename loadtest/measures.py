@@ -90,6 +90,8 @@ class Counts:
     """Requests that needed more than one placement."""
     local_prefills: int
     """Requests whose prompt the decode worker computed."""
+    lost_fetches: int = 0
+    """KV fetches that did not bring all that they were for; the rest was computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,7 @@ def _counts(outcomes: Sequence[Outcome], good: Sequence[Outcome]) -> Counts:
         tokens_per_message=output / messages if messages else 0.0,
         replaced=sum(s.attempts > 1 for s in served),
         local_prefills=sum(s.local_prefill for s in served),
+        lost_fetches=sum(s.lost_fetches for s in served),
     )
 
 

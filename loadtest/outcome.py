@@ -38,6 +38,8 @@ class Served:
     """Of fetching."""
     kv_exposed_seconds: float
     """Of it, what was left when prefill had ended."""
+    lost_fetches: int = 0
+    """Fetches that did not bring all that they were for; the rest was computed."""
 
 
 @dataclass(frozen=True, slots=True)

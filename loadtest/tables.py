@@ -82,6 +82,7 @@ def _fact_rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "tokens a message", f"{counts.tokens_per_message:.2f}"
     yield "prompts run by decode", str(counts.local_prefills)
     yield "placed again", str(counts.replaced)
+    yield "KV fetches lost", str(counts.lost_fetches)
     for transport, moved in report.numbers.kv.bytes_by_transport.items():
         yield f"KV by {transport}", f"{moved / 2**20:.1f} MiB"
     exposed = report.numbers.kv.exposed

@@ -107,6 +107,7 @@ def _served(last: inference_pb2.StreamGenerateResponse) -> Served:
         kv_bytes=dict(moved),
         kv_seconds=sum(a.kv.seconds for a in attempts),
         kv_exposed_seconds=sum(a.kv.exposed_seconds for a in attempts),
+        lost_fetches=sum(bool(kv.lost) for a in attempts for kv in (a.kv, a.prefill_kv)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.bandwidth import (
@@ -74,6 +74,7 @@ def test_peers_are_bounded_and_the_latest_stay():
     assert bandwidth.estimate(str(MAX_PEERS), MIB, 0.0).basis == "this peer"
 
 
+@settings(deadline=None)
 @given(
     points=st.lists(
         st.tuples(st.integers(0, 2**40), st.floats(0, 1e4), st.floats(0, 1e6)), max_size=30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtransfer.errors import RegionDeniedError
@@ -72,6 +72,7 @@ def test_a_refusal_names_the_rule(policy, tenant, region, words):
 REGIONS = st.sampled_from(["", "a", "b", "c"])
 
 
+@settings(deadline=None)
 @given(
     own=REGIONS,
     export=st.lists(REGIONS, max_size=3),

@@ -141,7 +141,7 @@ def test_all_numbers_of_a_small_run_by_hand():
         outcome(0, 10.0, 10.1, [(11.0, 1), (11.5, 1), (12.0, 1)], 12.0,
                 served=served(cached_tokens=4, kv_bytes={"shm": 100}, kv_exposed_seconds=0.01)),
         outcome(1, 11.0, 11.0, [(11.5, 1), (14.0, 2)], 14.0,
-                served=served(attempts=2, kv_bytes={"shm": 50, "tcp": 7})),
+                served=served(attempts=2, kv_bytes={"shm": 50, "tcp": 7}, lost_fetches=2)),
         outcome(2, 12.0, 12.0, [(13.0, 1)], 15.0, reason="WORKER_LOST"),
         outcome(3, 13.0, 13.0, ended=13.0, reason="OVERLOADED"),
         outcome(4, 13.0, 13.0, ended=13.0, reason="OVERLOADED"),
@@ -154,7 +154,7 @@ def test_all_numbers_of_a_small_run_by_hand():
     assert counts.errors == {"OVERLOADED": 2, "WORKER_LOST": 1}
     assert (counts.input_tokens, counts.output_tokens, counts.cached_tokens) == (24, 9, 4)
     assert counts.tokens_per_message == pytest.approx(9 / 6)
-    assert (counts.replaced, counts.local_prefills) == (1, 1)
+    assert (counts.replaced, counts.local_prefills, counts.lost_fetches) == (1, 1, 2)
     assert found.throughput.seconds == 10.0
     assert found.throughput.requests_per_second == pytest.approx(0.3)
     assert found.throughput.output_tokens_per_second == pytest.approx(0.9)
