@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from kvtransfer import wire
 from kvtransfer.channels import Channels
 from kvtransfer.errors import (
     KvSourceLostError,
@@ -19,6 +20,7 @@ from kvtransfer.errors import (
 )
 from kvtransfer.fetching import Limits
 from kvtransfer.landing import DirectLanding, Landing
+from kvtransfer.layout import KvLayout
 from kvtransfer.observe import FetchStats
 from kvtransfer.observer import Needed, Observer, Seen, not_needed
 from kvtransfer.offload import Offload
@@ -256,6 +258,23 @@ class KvEndpoint:
                 self._unusable.pop(address, None)
             if release:
                 self.release(address, lease_id)
+            await self._channels.done(address, gone=gone)
+
+    async def describe(self, address: str, *, timeout: float | None = None) -> KvLayout:
+        """The layout of the blocks at `address`, of which one converts (converting.py).
+
+        `timeout` in seconds (default: stall_seconds). Raises KvSourceLostError,
+        LayoutMismatchError.
+        """
+        seconds = self._stall_seconds if timeout is None else min(timeout, self._stall_seconds)
+        channel, gone = self._channels.use(address), False
+        stub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
+        try:
+            return wire.layout_from(await stub.Describe(pb.DescribeRequest(), timeout=seconds))
+        except grpc.aio.AioRpcError as error:
+            gone = error.code() is grpc.StatusCode.UNAVAILABLE
+            raise wire.error_from(error, address) from error
+        finally:
             await self._channels.done(address, gone=gone)
 
     def release(self, address: str, lease_id: str) -> None:
