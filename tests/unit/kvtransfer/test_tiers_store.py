@@ -1,6 +1,7 @@
 """A store with tiers: what goes there when, what comes back, what is announced meanwhile."""
 
 import asyncio
+import contextlib
 import random
 import threading
 
@@ -203,6 +204,44 @@ def test_the_tier_gets_what_it_dropped_once_it_is_used_again():
     store.release(store.match(KEYS[:4]))
     assert spill(tiers) >= 1
     store.check_integrity()
+    tiers.close()
+
+
+def test_a_key_is_announced_as_long_as_the_pool_or_a_tier_has_it(store):
+    tiers = with_host(store, 32)
+    cache(store, KEYS[:4])
+    assert set(store.events().stored) == set(KEYS[:4])
+    spill(tiers)
+    store.release(store.allocate(8))
+    assert not store.events().removed
+    assert asyncio.run(bring_back(store, tiers, KEYS[:4])) == 4
+    assert not store.events().stored, "they were never gone"
+    tiers._chain.tiers[0].forget(KEYS[0])
+    assert not store.events().removed
+    store.release(store.allocate(8))
+    assert store.events().removed == (KEYS[0],)
+    tiers._chain.tiers[0].forget(KEYS[1])
+    assert store.events().removed == (KEYS[1],)
+    assert set(store.snapshot().stored) == {KEYS[2], KEYS[3]}
+    tiers.close()
+
+
+def test_a_block_used_while_it_is_copied_is_not_counted_among_the_cold(store, monkeypatch):
+    """Or the copying would stop before what is colder has been copied."""
+    tiers = with_host(store, 8)  # two ahead
+    cache(store, KEYS[:8])
+    real = np.copyto
+
+    def used_meanwhile(into, data):
+        monkeypatch.setattr(np, "copyto", real)
+        real(into, data)
+        store.release(store.match(KEYS[:8]))
+
+    monkeypatch.setattr(np, "copyto", used_meanwhile)
+    assert spill(tiers) == 3
+    assert in_tier(tiers) == {KEYS[7], KEYS[6], KEYS[5]}
+    cold = list(store._pool._cached)[:3]
+    assert {store._pool.key(block) for block in cold} == in_tier(tiers)
     tiers.close()
 
 
@@ -481,6 +520,15 @@ class Machine(RuleBasedStateMachine):
             self.store.memory[block] = CONTENT[key]
             self.store.piece_done(block, 0, 5)
             self.store.commit(block)
+
+    @rule(first=st.integers(0, 7), count=st.integers(1, 4))
+    def prompt(self, first, count):
+        """A whole one: what is not cached is computed, and then it is all cached."""
+        keys = KEYS[first : first + count]
+        blocks = self.store.match(keys)
+        with contextlib.suppress(OutOfBlocksError):
+            blocks += fill(self.store, keys[len(blocks) :])
+        self.store.release(blocks)
 
     @rule()
     def copy_one(self):
