@@ -33,9 +33,10 @@ from kvtransfer.transports.ucx_source import UcxSource
 from kvtransfer.transports.ucx_worker import UcxRequest, UcxWorker, load
 
 IDLE_SECONDS = 30.0
-KEPT_PER_SOURCE = 4
+KEPT_PER_SOURCE = 16
 CONNECT_SECONDS = 5.0
 """No source takes longer to be connected to; another transport may do better then."""
+FAREWELL_SECONDS = 1.0
 WINDOW = 2
 """Requests unanswered at a time."""
 
@@ -157,10 +158,20 @@ class UcxTransport:
         self._drop(connection)
 
     def _drop(self, connection: _Connection) -> None:
-        ending = self._living().end(connection.endpoint, [connection.reply])
-        task = asyncio.get_running_loop().create_task(ending)
+        task = asyncio.get_running_loop().create_task(self._take_leave(connection))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+
+    async def _take_leave(self, connection: _Connection) -> None:
+        worker, under_way = self._living(), [connection.reply]
+        try:
+            under_way.append(_request(worker, connection, protocol.Request(0, [])))
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await worker.finished(under_way[1:])
+        except (TimeoutError, worker.error):
+            pass  # It is gone, or finds out by itself.
+        finally:
+            await worker.end(connection.endpoint, under_way)
 
     def _living(self) -> UcxWorker:
         if self._worker is None or self._worker.closed:
@@ -264,8 +275,7 @@ class UcxReader:
             into = self._data[read.local : read.local + read.length]
             under_way[tag] = self._worker.receive(connection.endpoint, into, tag)
         request = protocol.Request(first, [(read.remote, read.length) for read in batch])
-        data = np.frombuffer(bytearray(protocol.pack_request(request)), np.uint8)
-        under_way[tags[-1]] = self._worker.send(connection.endpoint, data, connection.id)
+        under_way[tags[-1]] = _request(self._worker, connection, request)
         return tags
 
     async def _arrived(
@@ -281,6 +291,11 @@ class UcxReader:
             request.check()
         for tag in tags:
             del under_way[tag]
+
+
+def _request(worker: UcxWorker, connection: _Connection, request: protocol.Request) -> UcxRequest:
+    data = np.frombuffer(bytearray(protocol.pack_request(request)), np.uint8)
+    return worker.send(connection.endpoint, data, connection.id)
 
 
 def _receive_reply(worker: UcxWorker, endpoint: Any, connection: int) -> UcxRequest:

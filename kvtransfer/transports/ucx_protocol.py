@@ -13,7 +13,8 @@ integers are little-endian.
 
 A connection's id and the tags of its data are random numbers that the sink chooses. A request
 names at most MAX_RANGES ranges of together MAX_BYTES. It is answered by its data alone, or by a
-reply that says why not, after which nothing more comes.
+reply that says why not, after which nothing more comes. One of no ranges is a farewell: neither
+side of UCX is told when the other closes in good order.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """(offset, length) ranges; the i-th is sent with `tag` + i."""
+    """(offset, length) ranges; the i-th is sent with `tag` + i. None mean farewell."""
 
     tag: int
     ranges: Sequence[tuple[int, int]]
@@ -88,8 +89,8 @@ def pack_request(request: Request) -> bytes:
 def unpack_request(raw: bytes, data_bytes: int) -> Request:
     """Raises ProtocolError if ranges leave the data, or are too many or too long."""
     tag, count = _REQUEST.unpack_from(raw)
-    if not 0 < count <= MAX_RANGES or len(raw) < _REQUEST.size + count * _RANGE_BYTES:
-        raise ProtocolError(f"a request of {count} ranges; 1 to {MAX_RANGES} are allowed")
+    if count > MAX_RANGES or len(raw) < _REQUEST.size + count * _RANGE_BYTES:
+        raise ProtocolError(f"a request of {count} ranges; up to {MAX_RANGES} are allowed")
     table = np.frombuffer(raw, "<u8", 2 * count, _REQUEST.size).reshape(-1, 2)
     ranges = [(int(offset), int(length)) for offset, length in table]
     for offset, length in ranges:

@@ -82,7 +82,7 @@ class UcxSource:
             await self._worker.end(endpoint, under_way)
 
     async def _reply(self, endpoint: Any, under_way: list[UcxRequest], connection: int) -> bool:
-        """Waits for a request and sends what it asks for; False if that may not be."""
+        """Waits for a request and sends what it asks for; False if there is to be no other."""
         raw = np.zeros(protocol.REQUEST_BYTES, np.uint8)
         under_way[:] = [self._worker.receive(endpoint, raw, connection)]
         async with asyncio.timeout(self._idle_seconds):
@@ -94,6 +94,8 @@ class UcxSource:
             await self._refuse(endpoint, under_way, connection, str(error))
             return False
         under_way.clear()
+        if not asked.ranges:
+            return False
         for at, (offset, length) in enumerate(asked.ranges):
             data = self._data[offset : offset + length]
             under_way.append(self._worker.send(endpoint, data, asked.tag + at))
