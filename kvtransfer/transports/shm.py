@@ -121,7 +121,7 @@ class ShmTransport:
         nonce = ticket.attributes.get("nonce", "")
         mapping = self._mappings.get(nonce)
         if mapping is None:
-            mapping = self._mappings[nonce] = _Mapping(_map(ticket))
+            mapping = self._mappings[nonce] = _Mapping(mapped(ticket))
         mapping.users += 1
         if mapping.idle is not None:
             mapping.idle.cancel()
@@ -208,7 +208,7 @@ def _go_on() -> bool:
     return False
 
 
-def _map(ticket: Offer) -> NDArray[np.uint8]:
+def mapped(ticket: Offer) -> NDArray[np.uint8]:
     """The data of the segment that a ticket names, read-only. Raises TransportUnusableError."""
     try:
         pid, number = int(ticket.attributes["pid"]), int(ticket.attributes["fd"])

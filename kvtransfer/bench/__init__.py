@@ -1,0 +1,1 @@
+"""How fast KV moves on this machine, beside what the machine can do: python -m kvtransfer.bench."""
