@@ -6,6 +6,7 @@ all of it if the request finishes; it ends once; nothing that was started is lef
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.api import FinishReason, KvReport
+from services.engine.api import FinishReason, KvPrefix, KvReport
 from services.frontend import events as e
 from services.frontend.request import Limits, Request, State
 from services.frontend.text import TextStream
@@ -385,17 +386,29 @@ def test_a_lost_decode_worker_is_reported_excluded_and_replaced():
     assert core.attempts[0].failure == "WORKER_LOST"
 
 
-def test_a_lost_source_is_the_prefill_workers_fault_and_it_is_reachable_for_all_we_know():
+@pytest.mark.parametrize("reason", ["KV_SOURCE_LOST", "KV_REGION_DENIED", "NO_TRANSPORT"])
+def test_a_lost_source_is_the_prefill_workers_fault_and_it_is_reachable_for_all_we_know(reason):
     core = start()
     core.handle(e.Placed(0, placement()), 1.0)
     core.handle(e.PrefillDone(0, (1,)), 2.0)
-    told = by_reason("KV_SOURCE_LOST", "gone", {})
+    told = by_reason(reason, "gone", {})
     commands = core.handle(e.DecodeOutput(0, (), (), FinishReason.ERROR, told), 3.0)
     assert commands == [
         e.Release(0, P0),
-        e.Report(0, "p0", "KV_SOURCE_LOST", False),
+        e.Report(0, "p0", reason, False),
         e.Place(1, ("p0",)),
     ]
+
+
+def test_who_computes_the_prompt_is_told_who_holds_its_start():
+    held = KvPrefix("d7", "d7:1", 32)
+    core = start()
+    two = dataclasses.replace(placement(), prefix=held)
+    commands = core.handle(e.Placed(0, two), 1.0)
+    assert commands == [e.StartPrefill(0, P0, held), e.StartDecode(0, D0, P0)]
+    core = start()
+    alone = dataclasses.replace(placement(""), prefix=held)
+    assert core.handle(e.Placed(0, alone), 1.0) == [e.StartDecode(0, D0, None, held)]
 
 
 def test_a_full_worker_is_reported_and_not_excluded():

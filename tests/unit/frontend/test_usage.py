@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.engine.api import KvReport
+from services.engine.api import KvReport, PrefixReport
 from services.frontend.events import Placement, Worker
 from services.frontend.request import Attempt
 from services.frontend.usage import cached_tokens
@@ -17,6 +17,11 @@ def report(cached: int, computed: int) -> KvReport:
     return KvReport(cached_tokens=cached, computed_tokens=computed)
 
 
+def with_prefix(cached: int, fetched: int, computed: int) -> KvReport:
+    prefix = PrefixReport("w", fetched, 0.1, 1.0, 0.1, "")
+    return KvReport(cached_tokens=cached, computed_tokens=computed, prefix=prefix)
+
+
 @pytest.mark.parametrize(
     ("attempts", "cached"),
     [
@@ -26,6 +31,9 @@ def report(cached: int, computed: int) -> KvReport:
         # The fetch failed, and decode computed what it lacked.
         ([Attempt(APART, 100, prefill_kv=report(64, 36), decode_kv=report(32, 68))], 32),
         ([Attempt(ALONE, 100, decode_kv=report(99, 1))], 99),
+        # What came from a worker that held it was not computed for this request either.
+        ([Attempt(APART, 100, prefill_kv=with_prefix(16, 48, 36), decode_kv=report(0, 0))], 64),
+        ([Attempt(ALONE, 100, decode_kv=with_prefix(0, 80, 20))], 80),
         # Prefill died at work, and its report with it: what it was known to hold.
         ([Attempt(APART, 100, accepted=True)], 40),
         # Refused before anything was computed.
