@@ -266,12 +266,17 @@ class SinkFetch:
         reader, until = self._reader, self._loop.time() + timeout
         assert reader is not None
         try:
-            async with self._landing.stage(pieces) as places:
+            async with (
+                # This room first: who has room for pieces must not wait for more.
+                self._store.scratch.borrow(GENERATION_BYTES * len(pieces)) as generations,
+                self._landing.stage(pieces) as places,
+            ):
                 reads = [Read(p.offset, at, p.length) for p, at in zip(pieces, places, strict=True)]
                 await reader.read(merged(reads), timeout)
                 verifying = self._loop.create_task(self._verify(pieces, places))
                 try:
-                    stale = await self._stale(reader, pieces, max(0.0, until - self._loop.time()))
+                    left = max(0.0, until - self._loop.time())
+                    stale = await self._stale(reader, pieces, generations, left)
                     wrong = await verifying
                 finally:
                     verifying.cancel()
@@ -300,23 +305,27 @@ class SinkFetch:
 
         return await self._offload.run(check, sum(p.length for p in pieces))
 
-    async def _stale(self, reader: Reader, pieces: Sequence[Piece], timeout: float) -> bool:
-        """Whether a block is not the announced one any more, by its generation at the source."""
+    async def _stale(
+        self, reader: Reader, pieces: Sequence[Piece], at: int, timeout: float
+    ) -> bool:
+        """Whether a block is not the announced one any more, by its generation at the source.
+
+        Generations are read to offset `at`.
+        """
         size = self._landing.layout.block_bytes
         announced = {piece.offset // size: piece.generation for piece in pieces}
         blocks = sorted(announced)
-        async with self._store.scratch.borrow(GENERATION_BYTES * len(blocks)) as at:
-            reads = [
-                Read(
-                    self._generations_offset + GENERATION_BYTES * block,
-                    at + GENERATION_BYTES * i,
-                    GENERATION_BYTES,
-                )
-                for i, block in enumerate(blocks)
-            ]
-            await reader.read(merged(reads), timeout)
-            raw = self._store.segment.data[at : at + GENERATION_BYTES * len(blocks)]
-            now: list[int] = np.frombuffer(raw, "<u8").tolist()
+        reads = [
+            Read(
+                self._generations_offset + GENERATION_BYTES * block,
+                at + GENERATION_BYTES * i,
+                GENERATION_BYTES,
+            )
+            for i, block in enumerate(blocks)
+        ]
+        await reader.read(merged(reads), timeout)
+        raw = self._store.segment.data[at : at + GENERATION_BYTES * len(blocks)]
+        now: list[int] = np.frombuffer(raw, "<u8").tolist()
         return now != [announced[block] for block in blocks]
 
     async def _land(
