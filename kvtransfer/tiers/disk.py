@@ -4,6 +4,10 @@ A write first voids the slot's record, then writes the block, then the new recor
 that is killed leaves a slot empty or whole. The system may lose power with anything in any order
 on the disk; then the checksums in a record do not fit its block, and the block is dropped when it
 is read. Nothing is ever synced: a cache is not worth the wait.
+
+A disk may stop to answer, and a system call waits for it without end. So these are made by threads
+that can be left behind, which read into memory of their own: a block of the pool is never
+written by a read that nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -14,15 +18,22 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from kvtransfer.errors import TierUnusableError
 from kvtransfer.tiers.base import Bytes, Label, Shape
+from kvtransfer.tiers.patience import Patience
 from kvtransfer.tiers.policy import Policy
 from kvtransfer.tiers.record import HEADER_BYTES, RecordFormat
 from kvtransfer.tiers.slots import SlotTier
 
 log = logging.getLogger(__name__)
 
+ANSWER_SECONDS = 10.0
+"""A disk that takes longer for one block has failed."""
+
 _SCAN_RECORDS = 2048
+_THREADS = 3  # Reads for one engine and its peers, and a write.
 
 
 class Folder:
@@ -38,12 +49,14 @@ class Folder:
             raise ValueError(f"{capacity_bytes} bytes hold no block of {self.slot_bytes}")
         self._path = folder
         self._sequence = 0
+        self._buffers: list[Bytes] = []
         self._closing = contextlib.ExitStack()
         try:
             with contextlib.ExitStack() as opened:
                 folder.mkdir(parents=True, exist_ok=True)
                 _lock(folder, opened)
                 self._index, self._data = self._open(opened)
+                self._patience = Patience("tandem-kv-disk", _THREADS, ANSWER_SECONDS)
                 self._closing = opened.pop_all()
         except OSError as error:
             raise TierUnusableError(
@@ -74,22 +87,34 @@ class Folder:
 
     def write(self, slot: int, label: Label, data: Bytes) -> None:
         """Void, block, record: in this order."""
-        self.erase(slot)
-        _write(self._data, data.data, slot * self._place_bytes)
         self._sequence += 1
-        _write(self._index, self._format.record(self._sequence, label), self._record_at(slot))
+        record = self._format.record(self._sequence, label)
+
+        def write() -> None:
+            self._void(slot)
+            _write(self._data, data.data, slot * self._place_bytes)
+            # If nobody waits any more `data` may be other data by now.
+            if not self._patience.lost:
+                _write(self._index, record, self._record_at(slot))
+
+        self._patience.run(write)
 
     def read(self, slot: int, into: Bytes) -> None:
-        """Straight into the caller's memory."""
-        _read(self._data, into.data, slot * self._place_bytes)
+        """By way of a buffer, see above."""
+        buffer = self._buffers.pop() if self._buffers else np.empty(self._block_bytes, np.uint8)
+        self._patience.run(lambda: _read(self._data, buffer.data, slot * self._place_bytes))
+        np.copyto(into, buffer)
+        self._buffers.append(buffer)
 
     def erase(self, slot: int) -> None:
         """Voids the record."""
-        _write(self._index, bytes(self._record_bytes), self._record_at(slot))
+        self._patience.run(lambda: self._void(slot))
 
     def close(self) -> None:
-        """Lets the folder go."""
-        self._closing.close()
+        """Lets the folder go; not before the process ends if a system call never came back."""
+        self._patience.close()
+        if not self._patience.lost:
+            self._closing.close()
 
     def _open(self, opened: contextlib.ExitStack) -> tuple[int, int]:
         index, data = self._path / "index", self._path / "data"
@@ -116,6 +141,9 @@ class Folder:
             return "it has an index without blocks"
         with index.open("rb") as file:
             return self._format.why_not(file.read(HEADER_BYTES))
+
+    def _void(self, slot: int) -> None:
+        _write(self._index, bytes(self._record_bytes), self._record_at(slot))
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         size = self._record_bytes

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,34 @@ def test_a_file_that_shrinks_in_use_turns_the_tier_off(filled):
     assert tier.read(KEYS[1], np.empty(SHAPE.block_bytes, np.uint8)) is None
     assert "shorter" in tier.stats().off
     tier.close()
+
+
+@pytest.mark.parametrize("call", ["_read", "_write"])
+def test_a_disk_that_does_not_answer_turns_the_tier_off(filled, monkeypatch, call):
+    monkeypatch.setattr(disk, "ANSWER_SECONDS", 0.05)
+    tier = reopened(filled)
+    real, go_on, over = getattr(disk, call), threading.Event(), threading.Event()
+
+    def hang(fd, raw, at):
+        assert go_on.wait(30)
+        real(fd, raw, at)
+        over.set()
+
+    monkeypatch.setattr(disk, call, hang)
+    into = np.full(SHAPE.block_bytes, 9, np.uint8)
+    if call == "_read":
+        assert tier.read(KEYS[0], into) is None
+    else:
+        assert not tier.put(LABELS[KEYS[5]], DATA[KEYS[5]])
+    assert tier.stats().off == "no answer in 0.05 s"
+    assert tier.keys() == []
+    tier.close()  # which waits for nothing
+    with pytest.raises(TierUnusableError, match="in use"):
+        reopened(filled)  # what hangs may still write
+    go_on.set()
+    assert over.wait(30)
+    # By now the memory may be somebody else's.
+    assert np.all(into == 9)
 
 
 def test_a_crash_after_any_number_of_bytes(tmp_path, monkeypatch):
