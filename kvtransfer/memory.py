@@ -125,7 +125,7 @@ class DeviceSegment:
 
     Offsets 0 to `device_bytes` are the `device_bytes` bytes at `address` on GPU `device`, which the
     caller allocated and keeps; the `host_bytes` after them (generations, scratch) are allocated
-    here. Of the transports only those that list "VRAM" in their `kinds` can move it.
+    here. Of the transports only NIXL can move it (transports/build.py).
 
     No GPU was at hand when this was written: what has been run is the arithmetic and what is told
     to NIXL, with made-up addresses. NIXL's own registration and reads of VRAM have not.

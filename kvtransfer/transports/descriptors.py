@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtransfer.errors import TransportError
 from kvtransfer.memory import Region
 from kvtransfer.transports.base import Read
 
@@ -72,11 +74,16 @@ class Regions:
 
 
 def described(reads: Sequence[Read], remote: Regions, local: Regions) -> list[Descriptors]:
-    """The lists for some reads, which are inside both memories. Empty reads are left out."""
-    flat = [(r.remote, r.local, r.length) for r in reads if r.length]
-    if not flat:
+    """The lists for some reads. Empty reads are left out.
+
+    Raises TransportError if a read leaves one of the two memories.
+    """
+    table = _table(reads)
+    _require_inside(table, remote.nbytes, local.nbytes)
+    table = table[table[:, 2] > 0]
+    if not len(table):
         return []
-    from_, to, lengths = _cut(np.array(flat, np.int64), remote, local).T
+    from_, to, lengths = _cut(table, remote, local).T
     kinds = remote.kind_of(from_) * len(local.kinds) + local.kind_of(to)
     lists = []
     for kind in np.unique(kinds).tolist():
@@ -90,6 +97,33 @@ def described(reads: Sequence[Read], remote: Regions, local: Regions) -> list[De
             )
         )
     return lists
+
+
+def _table(reads: Sequence[Read]) -> NDArray[np.int64]:
+    """Rows of (remote, local, bytes). A field at a time, as that is the quickest."""
+    try:
+        columns = [
+            np.fromiter(map(attrgetter(field), reads), np.int64, len(reads))
+            for field in ("remote", "local", "length")
+        ]
+    except OverflowError:
+        raise TransportError("a read at an offset that no memory has") from None
+    return np.column_stack(columns)
+
+
+def _require_inside(table: NDArray[np.int64], remote_bytes: int, local_bytes: int) -> None:
+    lengths = table[:, 2]
+    wrong = (
+        (table < 0).any(axis=1)
+        | (lengths > remote_bytes - table[:, 0])
+        | (lengths > local_bytes - table[:, 1])
+    )
+    if wrong.any():
+        remote, local, length = table[wrong][0].tolist()
+        raise TransportError(
+            f"a read of {length} bytes from {remote} to {local} leaves memory "
+            f"of {remote_bytes} or {local_bytes} bytes"
+        )
 
 
 def _cut(table: NDArray[np.int64], remote: Regions, local: Regions) -> NDArray[np.int64]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from kvtransfer.errors import TransportError, TransportUnusableError
 from kvtransfer.memory import NONCE_BYTES, Memory, Region
-from kvtransfer.transports.base import Offer, Read, require_inside
+from kvtransfer.transports.base import Offer, Read
 from kvtransfer.transports.descriptors import Descriptors, Regions, described, packed, unpacked
 from kvtransfer.transports.nixl_agent import NixlAgent, NixlError, load
 from kvtransfer.transports.nixl_reads import NixlReads
@@ -75,7 +75,6 @@ class NixlTransport:
     """
 
     name = "nixl"
-    kinds = frozenset({"DRAM", "VRAM"})
 
     def __init__(
         self,
@@ -164,7 +163,6 @@ class NixlTransport:
 
     async def read(self, source: _Source, reads: Sequence[Read], timeout: float) -> None:
         """Raises TransportError; the source is then connected to anew the next time."""
-        require_inside(reads, source.regions.nbytes, self._regions.nbytes)
         work = described(reads, source.regions, self._regions)
         if not work:
             return

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SHORTEST_PAUSE = 20e-6
 LONGEST_PAUSE = 200e-6
 """Between two looks at what is under way, seconds: the first, and what it grows to."""
+BUSY_SECONDS = 30e-6
+"""A look that took longer found something to copy: there is more to come, and soon."""
 SETTLING_SECONDS = 0.2
 SETTLING_PAUSE = 2e-3
 """A connection that was given up is looked after so long, so often, to be closed in good order."""
@@ -161,7 +163,8 @@ class NixlReads:
                 self._begin(todo)
             elif isinstance(todo, _Forget):
                 self._forget(todo.source)
-            moved = self._look() or todo is not None
+            began = time.perf_counter()
+            moved = self._look() or todo or time.perf_counter() - began > BUSY_SECONDS
             pause = SHORTEST_PAUSE if moved else min(1.5 * pause, LONGEST_PAUSE)
 
     def _next(self, pause: float) -> _Todo | None:

@@ -64,7 +64,6 @@ class UcxTransport:
     """
 
     name = "ucx"
-    kinds = frozenset({"DRAM"})
 
     def __init__(
         self,
