@@ -18,11 +18,13 @@ PATIENCE = 20.0
 class RemoteSource:
     """A source process. `await do("offer", lease=..., keys=[...])`."""
 
+    script = "kv_source.py"
+
     def __init__(self, *, env: dict[str, str] | None = None, **options) -> None:
         self.options = options
         paths = [str(ROOT), str(ROOT / "protos" / "gen")]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "kv_source.py"), json.dumps(options)],
+            [sys.executable, str(HERE / self.script), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -40,7 +40,7 @@ class Source:
 
     def __init__(self, options: dict) -> None:
         self.store = KvStore(
-            layout(**options.get("layout", {})),
+            self.layout(options),
             options.get("blocks", 64),
             layers_per_piece=options.get("layers_per_piece", 2),
         )
@@ -55,6 +55,10 @@ class Source:
         self.changed = asyncio.Event()
         loop = asyncio.get_running_loop()
         self.store.on_change(lambda: loop.call_soon_threadsafe(self.changed.set))
+
+    @staticmethod
+    def layout(options: dict) -> KvLayout:
+        return layout(**options.get("layout", {}))
 
     async def open(self, lease: str, seconds: float = 30.0) -> dict:
         return {"live": self.store.open_lease(lease, seconds)}
@@ -159,8 +163,8 @@ class Source:
             await self.changed.wait()
 
 
-async def main() -> None:
-    source = Source(json.loads(sys.argv[1]))
+async def main(kind: type[Source] = Source) -> None:
+    source = kind(json.loads(sys.argv[1]))
     await source.endpoint.start()
     server = Server(ServerSettings(), "source")
     add = kvtransfer_pb2_grpc.add_KvTransferServiceServicer_to_server
