@@ -18,15 +18,17 @@ from rich.table import Table
 
 from cli import flags
 from cli import load_flags as f
-from cli.cluster import LocalCluster
+from cli.cluster import ClusterError, LocalCluster
 from cli.loadtest import plain_refusals
 from cli.output import INTERRUPTED, CommandError, plain_errors
 from cli.prepare import prepare
 from cli.up import started
-from loadtest import bench_disagg, bench_memory, environment, plot
+from loadtest import bench_disagg, bench_memory, bench_soak, environment, plot, soak_memory
 from loadtest.bench_disagg import DisaggOptions, Side
 from loadtest.bench_memory import MemoryOptions
+from loadtest.bench_soak import SoakOptions
 from loadtest.options import Load
+from loadtest.soak_deaths import Schedule
 from loadtest.view import view_for
 from services.runtime import process
 
@@ -39,6 +41,9 @@ app = typer.Typer(
 
 ALWAYS_LOCAL = str(2**31 - 1)
 """coordinator.local_prefill_tokens that no prompt exceeds."""
+
+SOAK_SETTINGS = {"engine.kv_memory_mib": "64", "frontend.stall_seconds": "5"}
+"""A KV pool too small for all prompts at once; a frontend that soon misses who is frozen."""
 
 Model = Annotated[
     str | None,
@@ -209,6 +214,76 @@ def memory(
                 bench_memory.draw(report, plot_file)
 
         raise typer.Exit(_run(measure))
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.05, help="Of load and deaths.")] = 20.0,
+    users: Annotated[int, typer.Option("--users", "-u", min=1, help="Requests in flight.")] = 4,
+    prefill: Annotated[int, typer.Option(min=2, help="Prefill workers.")] = 2,
+    decode: Annotated[int, typer.Option(min=2, help="Decode workers.")] = 2,
+    pause: Annotated[
+        float, typer.Option(min=0.1, help="Mean seconds from one worker's return to the next harm.")
+    ] = 10.0,
+    questions: Annotated[int, typer.Option(min=1, help="Different requests.")] = 48,
+    input_tokens: Annotated[str, typer.Option("--input", help="Prompt tokens.")] = "uniform:8:320",
+    output_tokens: Annotated[str, typer.Option("--output", help="Output tokens.")] = "uniform:4:48",
+    seed: f.Seed = None,
+    model: Model = None,
+    engine: Engine = None,
+    config: f.Config = None,
+    sets: Sets = [],  # noqa: B006
+    json_file: Json = None,
+) -> None:
+    """Load a cluster for long while its workers are killed, frozen and drained at random.
+
+    Every answer is compared with the undisturbed one; at the end no block and no lease may be
+    held, memory must be flat, and no process left. The exit status says whether that is so. With
+    --engine scripted it needs no model.
+    """
+    with plain_errors(), plain_refusals():
+        file = flags.config(config, os.environ)
+        settings = SOAK_SETTINGS | flags.texts(sets, model, engine)
+        prepare(file, os.environ, settings, fetch=False)
+        violated: list[str] = []
+
+        async def measure(stop: asyncio.Event) -> None:
+            cluster = LocalCluster(
+                prefill=prefill, decode=decode, settings=settings, config=file, restart=True
+            )
+            report: bench_soak.SoakReport | None = None
+            bad: tuple[str, ...] = ()
+            try:
+                async with _running(cluster, stop):
+                    options = SoakOptions(
+                        cluster.address("frontend"),
+                        cluster.address("coordinator"),
+                        tuple(n for n in cluster.names if n.startswith(("prefill-", "decode-"))),
+                        seed=f.seed(seed),
+                        minutes=minutes,
+                        users=users,
+                        questions=questions,
+                        input_tokens=input_tokens,
+                        output_tokens=output_tokens,
+                        schedule=Schedule(mean_pause=pause),
+                        settings=settings,
+                    )
+                    with Console(stderr=True).status("") as status:
+                        report = await bench_soak.run(
+                            options, cluster, say=status.update, stop=stop
+                        )
+            except ClusterError as error:
+                if report is None:
+                    raise
+                bad = (str(error),)
+            left = soak_memory.still_running(report.seen)
+            report = bench_soak.ended(report, (*bad, *(f"left behind: {name}" for name in left)))
+            bench_soak.show(report, Console())
+            if json_file is not None:
+                bench_soak.write(report, json_file)
+            violated.extend(report.violations)
+
+        raise typer.Exit(_run(measure) or (1 if violated else 0))
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import grpc
@@ -60,6 +60,34 @@ class InferenceClient:
         if reason != OK:
             self.examples.setdefault(reason, words)
         return reason
+
+    async def tokens(
+        self,
+        plan: RequestPlan,
+        timeout_seconds: float,
+        on_tokens: Callable[[Sequence[int]], None],
+    ) -> Served:
+        """Sends the request and passes on the answer's tokens as they come.
+
+        Raises CallFailedError; whatever `on_tokens` raises ends the request.
+        """
+        message = inference_pb2.StreamGenerateRequest(request=self._message(plan))
+        progress, last = Progress(plan.index, self._clock(), len(plan.token_ids)), None
+        call = self._stub.StreamGenerate(message, timeout=timeout_seconds)
+        try:
+            async for last in call:
+                if last.token_ids:
+                    progress.arrivals.append((self._clock(), len(last.token_ids)))
+                    on_tokens(last.token_ids)
+        except grpc.aio.AioRpcError as error:
+            reason, words = _reason(error)
+            raise CallFailedError("", error.code().name, reason, words) from None
+        finally:
+            call.cancel()
+        reason, words = self._judge(plan, progress, last)
+        if progress.served is None or reason != OK:
+            raise CallFailedError("", "OK", reason, words)
+        return progress.served
 
     def _judge(
         self,
