@@ -1,7 +1,7 @@
 """Number formats of KV, as blocks store them: from one to another, as fast as this machine can.
 
 With Numba (it comes with the torch extra) the kernels of codecs_jit.py run; without it numpy does,
-which gives the same bits and takes about forty times as long. implementation() says which.
+which gives the same bits and takes about fifty times as long. implementation() says which.
 
 What is lost, with x the exact value, for finite values within float32's normal range:
 

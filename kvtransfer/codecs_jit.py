@@ -34,6 +34,8 @@ _SMALLEST_NORMAL_BITS = _U32(0x3C800000)
 _SMALLEST_SCALE = _F32(2.0**-126)
 """Below it a scale has few digits, and a quotient may exceed 448."""
 
+_HEADS_AT_ONCE = 8
+
 _codes, _halves, _words = types.uint8[::1], types.uint16[::1], types.uint32[::1]
 _floats = types.float32[::1]
 _strides, _shape = types.UniTuple(types.int64, 3), types.UniTuple(types.int64, 4)
@@ -140,16 +142,18 @@ def _decoded(code):
 
 
 @njit(inline="always")
-def _quantize_group(values, first, codes, to, width):
-    """Returns the scale."""
-    x, out = values[first : first + width], codes[to : to + width]
+def _scale_of(values, first, width):
+    x = values[first : first + width]
     found = _magnitude(x[0])
     for i in range(width):
         found = max(found, _magnitude(x[i]))
     largest = _U32(_widened(found))
-    scale = _F32(largest.view(_F32) / _LARGEST)
-    if largest >= _INFINITY:
-        scale = _NAN
+    return _NAN if largest >= _INFINITY else _F32(largest.view(_F32) / _LARGEST)
+
+
+@njit(inline="always")
+def _quantize_group(values, first, scale, codes, to, width):
+    x, out = values[first : first + width], codes[to : to + width]
     if scale >= _SMALLEST_SCALE:
         for i in range(width):
             out[i] = _encoded(_U32(_widened(x[i])).view(_F32) / scale)
@@ -159,7 +163,6 @@ def _quantize_group(values, first, codes, to, width):
     else:
         for i in range(width):
             out[i] = _U8(0)
-    return scale
 
 
 @njit(inline="always")
@@ -185,20 +188,34 @@ def _quantize(values, vs, codes, cs, scales, ss, shape, groups):
     size = width // groups
     for layer in range(layers):
         for token in range(tokens):
-            for head in range(heads):
-                v = layer * vs[0] + token * vs[1] + head * vs[2]
-                c = layer * cs[0] + token * cs[1] + head * cs[2]
-                s = layer * ss[0] + token * ss[1] + head * ss[2]
-                for group in range(groups):
-                    at, to = v + group * size, c + group * size
-                    # The usual sizes as constants: LLVM unrolls their loops.
-                    if size == 128:
-                        scale = _quantize_group(values, at, codes, to, 128)
-                    elif size == 64:
-                        scale = _quantize_group(values, at, codes, to, 64)
-                    else:
-                        scale = _quantize_group(values, at, codes, to, size)
-                    scales[s + group] = scale
+            # Scales of some heads first: one group's would hold up the work that waits for it.
+            for start in range(0, heads, _HEADS_AT_ONCE):
+                some = range(start, min(heads, start + _HEADS_AT_ONCE))
+                for head in some:
+                    v = layer * vs[0] + token * vs[1] + head * vs[2]
+                    s = layer * ss[0] + token * ss[1] + head * ss[2]
+                    for group in range(groups):
+                        at = v + group * size
+                        # The usual sizes as constants: LLVM unrolls their loops.
+                        if size == 128:
+                            scale = _scale_of(values, at, 128)
+                        elif size == 64:
+                            scale = _scale_of(values, at, 64)
+                        else:
+                            scale = _scale_of(values, at, size)
+                        scales[s + group] = scale
+                for head in some:
+                    v = layer * vs[0] + token * vs[1] + head * vs[2]
+                    c = layer * cs[0] + token * cs[1] + head * cs[2]
+                    s = layer * ss[0] + token * ss[1] + head * ss[2]
+                    for group in range(groups):
+                        at, to, scale = v + group * size, c + group * size, scales[s + group]
+                        if size == 128:
+                            _quantize_group(values, at, scale, codes, to, 128)
+                        elif size == 64:
+                            _quantize_group(values, at, scale, codes, to, 64)
+                        else:
+                            _quantize_group(values, at, scale, codes, to, size)
 
 
 @_kernel(

@@ -7,6 +7,9 @@ into scratch; there it is verified against the source's checksums, and from ther
 Tokens say what is fetched, since no key means anything in another layout. The last, incomplete
 block of a prompt is known to a source only under the lease of its prompt.
 
+Call codecs.implementation() when a worker starts that will convert: it loads the kernels, or, the
+first time on a machine, compiles them for some seconds.
+
 KV that was rounded on its way is not, bit for bit, what the sink would have computed itself: where
 streams must be reproducible, fetch between equal dtypes, or keep it out of the index (`commit`).
 """
