@@ -12,7 +12,7 @@ from kvtransfer.keys import block_keys, salt
 from kvtransfer.store import KvStore
 from tests.contract.kv_source import content
 
-NAMES = ("shm", "tcp")
+NAMES = ("shm", "nixl", "ucx", "tcp")
 """The transports that every test runs over."""
 LAYERS = 6
 COUNTER = itertools.count()
