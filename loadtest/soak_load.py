@@ -196,10 +196,15 @@ class Load:
         if right:
             return
         self.tally.wrong += 1
-        at = next(i for i, (w, c) in enumerate(zip(wanted, came, strict=False)) if w != c)
         if len(self.tally.wrong_examples) < EXAMPLES:
-            words = f"question {index}: token {at} of {len(wanted)} is {came[at]}, not {wanted[at]}"
-            self.tally.wrong_examples.append(words)
+            self.tally.wrong_examples.append(f"question {index}: {_difference(wanted, came)}")
+
+
+def _difference(wanted: Sequence[int], came: Sequence[int]) -> str:
+    for at, (right, wrong) in enumerate(zip(wanted, came, strict=False)):
+        if right != wrong:
+            return f"token {at} of {len(wanted)} is {wrong}, not {right}"
+    return f"{len(came)} tokens came, not {len(wanted)}"
 
 
 class _Watched:
