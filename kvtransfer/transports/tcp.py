@@ -20,8 +20,9 @@ from kvtransfer.offload import Offload
 from kvtransfer.transports import sockets
 from kvtransfer.transports import tcp_protocol as protocol
 from kvtransfer.transports.base import Offer, Read, require_inside
+from kvtransfer.transports.batches import batches
 from kvtransfer.transports.tcp_source import TcpSource
-from kvtransfer.transports.tcp_stream import Stream, batches
+from kvtransfer.transports.tcp_stream import Stream
 
 IDLE_SECONDS = 30.0
 STREAMS = 4
@@ -198,7 +199,8 @@ class TcpReader:
         count = max(1, min(self._streams, size // STREAM_BYTES))
         while len(self._socks) < count:
             self._socks.append(await self._transport.take(self._place, timeout))
-        work = deque(batches(reads, -(-size // count)))
+        share = min(protocol.MAX_BYTES, -(-size // count))
+        work = deque(batches(reads, protocol.MAX_RANGES, share))
         streams = [Stream(sock, self._memory, work) for sock in self._socks[:count]]
         if len(streams) == 1:
             await streams[0].run(self._offload)
@@ -207,19 +209,14 @@ class TcpReader:
             async with asyncio.TaskGroup() as group:
                 for stream in streams:
                     group.create_task(stream.run(self._offload))
-        except* (TransportError, OSError, EOFError) as failures:
-            # One is enough to say: the others were cancelled for it, or broke like it.
-            raise _first(failures) from None
+        except ExceptionGroup as failures:
+            # One says it: the others were cancelled for it, or broke like it.
+            raise failures.exceptions[0] from None
 
     def _break(self) -> None:
         for sock in self._socks:
             sockets.end(sock)
         self._socks.clear()
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _dial(host: str, port: int, nonce: bytes) -> socket.socket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kvtransfer.errors import TransportError
 from kvtransfer.offload import Offload
@@ -97,21 +97,3 @@ class Stream:
         left = sockets.Vectors([memoryview(words)])
         left.receive(self._sock, sockets.NOW)
         return words[: len(words) - left.nbytes].decode(errors="replace")
-
-
-def batches(reads: Sequence[Read], share: int) -> list[list[Read]]:
-    """The same bytes in requests of at most `share` bytes, within the protocol's limits."""
-    most = min(share, protocol.MAX_BYTES)
-    result: list[list[Read]] = []
-    room = 0
-    for read in reads:
-        at = 0
-        while at < read.length:
-            if not room or len(result[-1]) == protocol.MAX_RANGES:
-                result.append([])
-                room = most
-            size = min(read.length - at, room)
-            result[-1].append(Read(read.remote + at, read.local + at, size))
-            at += size
-            room -= size
-    return result

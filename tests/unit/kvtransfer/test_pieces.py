@@ -8,7 +8,7 @@ from kvtransfer.layout import gqa_layout
 from kvtransfer.pieces import Piece, PieceGrid
 from kvtransfer.sink import merged
 from kvtransfer.transports.base import Read
-from kvtransfer.transports.tcp import batches
+from kvtransfer.transports.batches import batches
 from kvtransfer.transports.tcp_protocol import MAX_BYTES, MAX_RANGES
 
 LAYOUT = gqa_layout("m", layers=6, kv_heads=1, head_dim=8, dtype="bfloat16", block_tokens=4)
@@ -128,7 +128,7 @@ def test_batches_keep_the_limits_and_lose_nothing(lengths, small):
     for length in [*lengths, *[3] * small]:
         reads.append(Read(at, 2 * at, length))
         at += length
-    requests = batches(reads)
+    requests = batches(reads, MAX_RANGES, MAX_BYTES)
     for request in requests:
         assert 0 < len(request) <= MAX_RANGES
         assert sum(r.length for r in request) <= MAX_BYTES
