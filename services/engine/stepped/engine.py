@@ -434,6 +434,8 @@ class SteppedEngine:
         del self._fetches[serial]
         if task.cancelled():
             stopped = FetchStopped(serial, why="stopped")
+            if fetch.source is not None and not fetch.held_only:  # It may not have begun.
+                self.kv.release(fetch.source.address, fetch.source.lease_id)
         elif (error := task.exception()) is None:
             stopped = task.result()
         elif isinstance(error, KvError):

@@ -355,6 +355,8 @@ class Stepper:
             self._finished += 1
             self._tell(sequence, choice=choice, reason=reason, fault=fault)
         fetching = sequence.phase in (Phase.FETCHING, Phase.RETURNING)
+        if sequence.source is not None:  # It was never asked, and keeps a lease.
+            self._result.fetches.append(Fetch(sequence, sequence.source))
         self._scheduler.end(sequence)
         if fetching:
             self._result.stop_fetches.append(sequence.serial)
