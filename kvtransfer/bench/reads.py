@@ -72,7 +72,7 @@ SUBJECTS = {
     "shm": _Subject("memcpy (numpy)", 0.9, 2**20),
     "tcp": _Subject("socket loop, as many streams", 0.9, 2**20),
     "nixl": _Subject("NIXL's API, busy polling", 0.95, 2**20),
-    "ucx": _Subject("ucxx, busy polling", 0.9, 2**20),
+    "ucx": _Subject("ucxx's calls", 0.9, 2**20),
 }
 
 
