@@ -877,7 +877,8 @@ async def test_queued_tokens_are_seen_at_once(new):
     worker.engine.decode(Request("b", prompt(50, 1), GREEDY), None)
     stats = worker.engine.stats()
     assert stats.running + stats.waiting == 2
-    assert 50 < stats.queued_tokens <= 150
+    # "b" waits for "a", whose prompt may be computed by now if this thread was kept from running.
+    assert 50 <= stats.queued_tokens <= 150
     worker.engine.cancel("a")
     worker.engine.cancel("b")
     await worker.settled()
