@@ -23,12 +23,20 @@ from cli.loadtest import plain_refusals
 from cli.output import INTERRUPTED, CommandError, plain_errors
 from cli.prepare import prepare
 from cli.up import started
-from loadtest import bench_disagg, bench_memory, bench_soak, environment, plot, soak_memory
+from loadtest import (
+    bench_disagg,
+    bench_memory,
+    bench_soak,
+    environment,
+    plot,
+    soak_memory,
+    soak_report,
+)
 from loadtest.bench_disagg import DisaggOptions, Side
 from loadtest.bench_memory import MemoryOptions
-from loadtest.bench_soak import SoakOptions
 from loadtest.options import Load
 from loadtest.soak_deaths import Schedule
+from loadtest.soak_report import SoakOptions, SoakReport
 from loadtest.view import view_for
 from services.runtime import process
 
@@ -251,7 +259,7 @@ def soak(
             cluster = LocalCluster(
                 prefill=prefill, decode=decode, settings=settings, config=file, restart=True
             )
-            report: bench_soak.SoakReport | None = None
+            report: SoakReport | None = None
             bad: tuple[str, ...] = ()
             try:
                 async with _running(cluster, stop):
@@ -277,10 +285,10 @@ def soak(
                     raise
                 bad = (str(error),)
             left = soak_memory.still_running(report.seen)
-            report = bench_soak.ended(report, (*bad, *(f"left behind: {name}" for name in left)))
-            bench_soak.show(report, Console())
+            report = soak_report.ended(report, (*bad, *(f"left behind: {name}" for name in left)))
+            soak_report.show(report, Console())
             if json_file is not None:
-                bench_soak.write(report, json_file)
+                soak_report.write(report, json_file)
             violated.extend(report.violations)
 
         raise typer.Exit(_run(measure) or (1 if violated else 0))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from loadtest import bench_soak, environment, soak_load, soak_memory
-from loadtest.bench_soak import SoakOptions, SoakReport
 from loadtest.outcome import Served
 from loadtest.soak_deaths import Deaths, Harm, Schedule
 from loadtest.soak_load import Load, Question, Shares, Tally
 from loadtest.soak_memory import Identity, Watch
+from loadtest.soak_report import SoakOptions, SoakReport
 from loadtest.workload import RequestPlan
 from services.runtime.client import CallFailedError, Status, Worker
 
