@@ -228,7 +228,8 @@ class FetchCore:
             self.stale += 1
             self._lose("it gave a block's memory to other content while it was read", "STALE")
             return []
-        commands = self._verified([p for p in pieces if p not in wrong] if wrong else pieces)
+        bad = set(wrong)
+        commands = self._verified([p for p in pieces if p not in bad] if bad else pieces)
         if wrong and not self._again:
             self.corrupt_reads += len(wrong)
             return [*commands, self._read(wrong, now, again=True)]

@@ -117,8 +117,10 @@ class SinkFetch:
         finally:
             # Reads first: nothing may write to the blocks once this returns or raises, whatever
             # else is cancelled meanwhile.
-            await self._stop()
-            call.cancel()
+            try:
+                await self._stop()
+            finally:
+                call.cancel()
         if self.core.error is not None:
             raise self.core.error
         return FetchReport(
@@ -263,7 +265,7 @@ class SinkFetch:
     # Bytes
 
     async def _read(self, pieces: Sequence[Piece], timeout: float) -> None:
-        reader, until = self._reader, self._loop.time() + timeout
+        reader = self._reader
         assert reader is not None
         try:
             async with (
@@ -271,6 +273,8 @@ class SinkFetch:
                 self._store.scratch.borrow(GENERATION_BYTES * len(pieces)) as generations,
                 self._landing.stage(pieces) as places,
             ):
+                # The source's time counts from here: it has no part in the wait for room.
+                until = self._loop.time() + timeout
                 reads = [Read(p.offset, at, p.length) for p, at in zip(pieces, places, strict=True)]
                 await reader.read(merged(reads), timeout)
                 verifying = self._loop.create_task(self._verify(pieces, places))
@@ -333,7 +337,8 @@ class SinkFetch:
     ) -> None:
         if not self._landing.converts:
             return
-        good = [(p, at) for p, at in zip(pieces, places, strict=True) if p not in wrong]
+        bad = set(wrong)
+        good = [(p, at) for p, at in zip(pieces, places, strict=True) if p not in bad]
         await self._offload.run(
             lambda stop: self._landing.land([p for p, _ in good], [at for _, at in good]),
             sum(p.length for p, _ in good),
