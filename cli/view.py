@@ -43,7 +43,9 @@ def cluster(status: Status) -> RenderableType:
     for worker in status.workers:
         table.add_row(*_row(worker), style="yellow" if _state(worker) else "")
     remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
-    lines = [Text(line, style="dim") for line in (*transports(status), summary(status))]
+    lines = [
+        Text(line, style="dim") for line in (*transports(status), *tiers(status), summary(status))
+    ]
     return Group(table, *(Text(remark, style="yellow") for remark in remarks), *lines)
 
 
@@ -71,6 +73,22 @@ def transports(status: Status) -> list[str]:
         why = "; ".join(dict.fromkeys(p.why for p in parts if p.why))
         lines.append(_moved(name, total(parts)) + (f" ({why})" if why else ""))
     return lines
+
+
+def tiers(status: Status) -> list[str]:
+    """A line for each tier under a worker's pool."""
+    return [
+        f"{worker.worker_id} {tier.name} tier: "
+        + (
+            f"off, {tier.off}"
+            if tier.off
+            else f"{size(tier.used_bytes)}/{size(tier.capacity_bytes)}"
+        )
+        + f", {tier.hits} blocks came back of {tier.stored} stored"
+        + (f", {tier.corrupt} corrupt" if tier.corrupt else "")
+        for worker in status.workers
+        for tier in worker.kv_tiers
+    ]
 
 
 def _offered(workers: Sequence[Worker]) -> Iterator[str]:

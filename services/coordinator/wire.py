@@ -99,6 +99,7 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         kv_refused=stats.kv_refused,
         leases_expired=stats.leases_expired,
         kv_traffic=tuple(stats.kv_traffic),
+        kv_tiers=tuple(stats.kv_tiers),
     )
 
 
@@ -281,6 +282,7 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             kv_refused=stats.kv_refused,
             leases_expired=stats.leases_expired,
             kv_traffic=cast("tuple[pb.KvTraffic, ...]", stats.kv_traffic),
+            kv_tiers=cast("tuple[pb.KvTier, ...]", stats.kv_tiers),
         ),
         draining=worker.standing is Standing.DRAINING,
         silent_seconds=max(0.0, now - worker.heard),

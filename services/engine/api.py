@@ -27,6 +27,7 @@ from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from kvtransfer.observe import Traffic
+from kvtransfer.tiers.base import TierStats
 
 
 class FinishReason(enum.Enum):
@@ -228,6 +229,7 @@ class EngineStats:
     kv_traffic: tuple[Traffic, ...] = ()
     kv_refused: int = 0
     leases_expired: int = 0
+    kv_tiers: tuple[TierStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,7 @@ def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
         kv_traffic=[_traffic_to(traffic) for traffic in stats.kv_traffic],
         kv_refused=stats.kv_refused,
         leases_expired=stats.leases_expired,
+        kv_tiers=[coordinator_pb2.KvTier(**asdict(tier)) for tier in stats.kv_tiers],
     )
 
 

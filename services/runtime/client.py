@@ -11,6 +11,7 @@ from typing import Self
 import grpc
 
 from kvtransfer.observe import Figures, Traffic
+from kvtransfer.tiers.base import TierStats
 from services.runtime.channels import Channels
 from services.runtime.errors import InvalidRequestError, from_rpc
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -134,6 +135,8 @@ class Worker:
     """Transports that it should offer and can't: why not."""
     kv_traffic: tuple[Traffic, ...] = ()
     """What it fetched: a sum for each transport, then the peers that most came from."""
+    kv_tiers: tuple[TierStats, ...] = ()
+    """Tiers under its pool, from the top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +313,10 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
         kv_transports=tuple(info.kv_transports),
         kv_not_offered=dict(info.kv_not_offered),
         kv_traffic=tuple(_traffic(traffic) for traffic in stats.kv_traffic),
+        kv_tiers=tuple(
+            TierStats(**{f.name: getattr(tier, f.name) for f in fields(TierStats)})
+            for tier in stats.kv_tiers
+        ),
     )
 
 

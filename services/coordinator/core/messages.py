@@ -74,6 +74,8 @@ class WorkerStats:
     leases_expired: int = 0
     kv_traffic: tuple[object, ...] = ()
     """As it came: it is handed on to whoever asks for the status, and means nothing here."""
+    kv_tiers: tuple[object, ...] = ()
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,7 @@ class SteppedEngine:
             kv_traffic=(*fetched.transports, *fetched.peers(PEERS_REPORTED)),
             kv_refused=counters.refused,
             leases_expired=counters.expired,
+            kv_tiers=store.tiers,
         )
 
     def check_integrity(self) -> None:

@@ -308,6 +308,68 @@ class KvTraffic(_message.Message):
 Global___KvTraffic: _TypeAlias = KvTraffic  # noqa: Y015
 
 @_typing.final
+class KvTier(_message.Message):
+    """Where KV blocks go that the pool evicts, at one moment; counts are since start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    OFF_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"host", "disk"."""
+    capacity_bytes: _builtins.int
+    """Bytes it may hold."""
+    used_bytes: _builtins.int
+    """Bytes it holds."""
+    blocks: _builtins.int
+    """Blocks it holds."""
+    stored: _builtins.int
+    """Blocks written."""
+    hits: _builtins.int
+    """Blocks read, and right."""
+    misses: _builtins.int
+    """Blocks asked for that were not there any more."""
+    evicted: _builtins.int
+    """Blocks that made room for others."""
+    corrupt: _builtins.int
+    """Blocks dropped because their bytes were wrong."""
+    errors: _builtins.int
+    """Reads and writes that failed; after the first the tier is off."""
+    off: _builtins.str
+    """Why it is off; empty while it is on."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        capacity_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        stored: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        evicted: _builtins.int = ...,
+        corrupt: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        off: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "errors", b"errors", "evicted", b"evicted", "hits", b"hits", "misses", b"misses", "name", b"name", "off", b"off", "stored", b"stored", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvTier: _TypeAlias = KvTier  # noqa: Y015
+
+@_typing.final
 class WorkerStats(_message.Message):
     """What changes."""
 
@@ -349,6 +411,7 @@ class WorkerStats(_message.Message):
     KV_TRAFFIC_FIELD_NUMBER: _builtins.int
     KV_REFUSED_FIELD_NUMBER: _builtins.int
     LEASES_EXPIRED_FIELD_NUMBER: _builtins.int
+    KV_TIERS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests in the batch."""
     waiting: _builtins.int
@@ -385,6 +448,10 @@ class WorkerStats(_message.Message):
     def kv_traffic(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvTraffic]:
         """What was fetched here: a sum for each transport, then the peers that most came from."""
 
+    @_builtins.property
+    def kv_tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvTier]:
+        """Tiers under the pool, from the top; none if it has none."""
+
     def __init__(
         self,
         *,
@@ -404,10 +471,11 @@ class WorkerStats(_message.Message):
         kv_traffic: _abc.Iterable[Global___KvTraffic] | None = ...,
         kv_refused: _builtins.int = ...,
         leases_expired: _builtins.int = ...,
+        kv_tiers: _abc.Iterable[Global___KvTier] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_tiers", b"kv_tiers", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
