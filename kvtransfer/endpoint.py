@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 RELEASE_SECONDS = 2.0
 REMEMBERED_SOURCES = 1024
+CROSSED_OFF_SECONDS = 60.0
+"""A transport that did not work with a source is tried again after this long: it may only have been
+frozen, or overloaded, for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,8 @@ class Counters:
 class KvEndpoint:
     """Serves the store's blocks to others and fetches theirs into it. On one event loop.
 
-    `transports` names those to offer, best first: "shm", "tcp". `host_id` names the host for
-    shared memory; by default it is found out. Lease and fetch durations in seconds; a read that
+    `transports` names those to offer, best first (transports/build.py). `host_id` names the host
+    for shared memory; by default it is found out. Lease and fetch durations in seconds; a read that
     takes longer than `stall_seconds` is given up, and leases are renewed every `renew_seconds` at
     most while a fetch goes on. `policy` says where blocks may go, and has the region that this
     sink says it is in.
@@ -97,7 +101,8 @@ class KvEndpoint:
         self._clock = clock
         self._observer = Observer(clock)
         self._channels = Channels()
-        self._unusable: dict[str, dict[str, str]] = {}
+        self._unusable: OrderedDict[str, dict[str, tuple[str, float]]] = OrderedDict()
+        """By source and transport: why it can't be used, and until when that is believed."""
         self._releasing: set[asyncio.Task[None]] = set()
         self._expiring: asyncio.Task[None] | None = None
         asked = make_transports(
@@ -296,7 +301,7 @@ class KvEndpoint:
         deadline = asyncio.get_running_loop().time() + seconds
         limits = Limits(deadline, self._stall_seconds, self._renew_seconds)
         while True:
-            unusable = self._unusable.get(order.address, {})
+            unusable = self._crossed_off(order.address)
             usable = [t for t in self._transports if t.name not in unusable]
             if not usable:
                 raise NoTransportError(
@@ -315,11 +320,18 @@ class KvEndpoint:
                 _note(seen, fetch)
 
     def _cross_off(self, address: str, name: str, why: str) -> None:
-        """A transport that should fit does not work with this source; until it is gone."""
+        """A transport that should fit does not work with this source."""
         log.warning("KV transport %s to %s can't be used: %s", name, address, why)
-        if len(self._unusable) >= REMEMBERED_SOURCES:
-            self._unusable.clear()
-        self._unusable.setdefault(address, {})[name] = why
+        until = self._clock() + CROSSED_OFF_SECONDS
+        self._unusable.setdefault(address, {})[name] = why, until
+        self._unusable.move_to_end(address)
+        if len(self._unusable) > REMEMBERED_SOURCES:
+            self._unusable.popitem(last=False)
+
+    def _crossed_off(self, address: str) -> dict[str, str]:
+        """Transports that are not tried with a source now: name to why."""
+        now, found = self._clock(), self._unusable.get(address, {})
+        return {name: why for name, (why, until) in found.items() if now < until}
 
     async def _release(self, channel: grpc.aio.Channel, address: str, lease_id: str) -> None:
         stub, gone = kvtransfer_pb2_grpc.KvTransferServiceStub(channel), False

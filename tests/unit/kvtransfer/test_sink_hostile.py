@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kvtransfer import wire
-from kvtransfer.endpoint import KvEndpoint
-from kvtransfer.errors import KvSourceLostError
+from kvtransfer.endpoint import CROSSED_OFF_SECONDS, KvEndpoint
+from kvtransfer.errors import KvSourceLostError, NoTransportError
 from kvtransfer.layout import gqa_layout
 from kvtransfer.pieces import Piece
 from kvtransfer.store import KvStore, checksum
@@ -192,3 +192,20 @@ async def test_everything_corrupt(ends):
     assert report.first_bytes is None
     assert store.match(KEYS) == []
     assert store.stats().free == 8
+
+
+@pytest.mark.parametrize("ends", ["shm"], indirect=True)
+async def test_a_transport_that_did_not_work_is_tried_again_after_a_while(ends, monkeypatch):
+    sink, _, script, source, _ = ends
+    now = sink._clock()
+    monkeypatch.setattr(sink, "_clock", lambda: now)
+    script.messages = [opened(script, nonce="00" * 16)]
+    with pytest.raises(NoTransportError, match="shm: "):
+        await fetch(ends)
+    script.messages = [opened(script), wire.ready_to([piece(source, i, i) for i in range(2)])]
+    now += CROSSED_OFF_SECONDS - 1
+    with pytest.raises(NoTransportError, match="shm: "):
+        await fetch(ends)
+    now += 1
+    report, _ = await fetch(ends)
+    assert report.complete == (True, True)
