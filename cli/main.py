@@ -19,6 +19,10 @@ from typer.core import TyperGroup
 
 from cli.output import INTERRUPTED, fail, plain_errors
 
+# gRPC reads this when it is first used. Its handlers of fork(), by which processes are started, can
+# abort the child before it is another program; and nothing here goes on with gRPC after a fork.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 EPILOG = """
 Exit status: 0 all went well, 1 it failed (the words say why), 2 a flag or setting is wrong,
 3 the server can't be reached, 130 interrupted. Settings also come from a TOML file (--config or
