@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.membership import Worker
@@ -124,7 +124,7 @@ class Placer:
         return Decision(decode, prefill, reasons, prefix)
 
     def _prefix_for(self, runner: Candidate, pool: Pool, want: PlaceRequest) -> Holder | None:
-        """Of the workers that hold most of the prompt, the nearest whose KV is of use."""
+        """Of the workers that hold most of the prompt, a near one whose KV is of use."""
         worker, block_tokens = runner.worker, runner.worker.info.block_tokens
         # The last token is computed in any case.
         most = (want.context_tokens - 1) // block_tokens * block_tokens
@@ -133,13 +133,19 @@ class Placer:
             tokens = min(keys * block_tokens, most)
             if tokens <= runner.cached_tokens:
                 break
-            names = islice(self._index.names(workers), SHORTLIST)
+            names = islice(self._from_anywhere(workers), SHORTLIST)
             found = [pool.decode.up.get(name) or pool.prefill.up[name] for name in names]
             holders = [w for w in found if _is_source_for(w, worker, want)]
             if holders:
                 near = max(holders, key=lambda w: closeness(w.info, worker.info)).info
                 return Holder(near.worker_id, near.address, tokens)
         return None
+
+    def _from_anywhere(self, workers: int) -> Iterator[str]:
+        """A set's workers, from a drawn one on: what all ask for is not asked of one alone."""
+        cut = int(self._draw() * workers.bit_length())
+        rest = workers >> cut << cut
+        return chain(self._index.names(rest), self._index.names(workers ^ rest))
 
     def _prefill_for(self, decode: Candidate, pool: Pool, want: PlaceRequest) -> Candidate | None:
         numerics = decode.worker.info.numerics

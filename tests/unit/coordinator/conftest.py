@@ -22,9 +22,11 @@ def keys(count, start=0, family=0):
 class Cluster:
     """A settled core at time `now`, with workers by name."""
 
-    def __init__(self, queue_limit=10, local=64, lease=3.0, settled=True, wait=0.0):
+    def __init__(
+        self, queue_limit=10, local=64, lease=3.0, settled=True, wait=0.0, draw=lambda: 0.0
+    ):
         self.now = 100.0
-        self.core = Core(Rules(lease, queue_limit, local, wait), self.now, lambda: 0.0)
+        self.core = Core(Rules(lease, queue_limit, local, wait), self.now, draw)
         self.streams: dict[str, int] = {}
         self.answers: dict[int, m.Command] = {}
         self.commands: list[m.Command] = []

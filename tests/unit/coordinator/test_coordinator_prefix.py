@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kvtransfer.policy import ExportPolicy
@@ -90,6 +92,21 @@ def test_of_equals_the_nearest_is_named(cluster, make_keys):
         cluster.holds(name, prompt)
         cluster.beat(name, running=20)
     assert cluster.place(130, prompt=prompt).prefix.worker_id == "decode-2"
+
+
+def test_what_all_ask_for_is_not_asked_of_one_holder(make_cluster, make_keys):
+    cluster = make_cluster(draw=random.Random(1).random)
+    for name in ("prefill-0", "decode-0"):
+        cluster.worker(name, max_running=1000, total_blocks=10_000)
+    prompt = make_keys(8)
+    holders = [f"decode-{i}" for i in range(1, 17)]
+    for name in holders:
+        cluster.worker(name)
+        cluster.holds(name, prompt)
+        cluster.beat(name, running=20)
+    named = {cluster.place(130, prompt=prompt).prefix.worker_id for _ in range(64)}
+    assert len(named) > 8
+    assert named <= set(holders)
 
 
 class TestRegions:
