@@ -1,9 +1,13 @@
-"""UCX: messages over the fastest path that both sides have, from segment to segment.
+"""UCX's streams, over the fastest path that both sides have, from segment to segment.
 
-The sink asks for ranges and names a tag for each; the source sends each as a message of its own,
-which UCX moves without a copy where hardware or kernel can. Requests go to the address of the
-source's worker, which the ticket holds along with the nonce that authenticates them; nothing is
-encrypted. One connection serves one fetch at a time, then waits for the next to the same source.
+The sink asks for ranges, the source sends them. A hello goes to the address of the source's
+worker, which the ticket holds along with the nonce that authenticates it; nothing is encrypted. One
+connection serves one fetch at a time, then waits for the next to the same source. It has a worker
+of its own at the sink: two workers pair their endpoints by the order in which they are made.
+
+Streams, and not UCX's tagged messages, which can be without a copy: of those, receives that are
+under way can't be ended, and a sink whose source is killed under one is taken along (a segmentation
+fault in UCX 1.21). One-sided reads without a copy are what NIXL is for.
 
 Host memory only: GPU memory needs a CUDA context on the event loop's thread, and was not tried.
 
@@ -16,12 +20,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtransfer.errors import TransportError, TransportUnusableError
 from kvtransfer.memory import NONCE_BYTES, Segment
@@ -36,7 +40,6 @@ IDLE_SECONDS = 30.0
 KEPT_PER_SOURCE = 16
 CONNECT_SECONDS = 5.0
 """No source takes longer to be connected to; another transport may do better then."""
-FAREWELL_SECONDS = 1.0
 WINDOW = 2
 """Requests unanswered at a time."""
 
@@ -51,10 +54,18 @@ class _Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Connection:
+    worker: UcxWorker
     endpoint: Any
-    id: int
-    reply: UcxRequest
-    """A refusal, should one come."""
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """One request: the receives of its answer in their order, and what sends it."""
+
+    requests: list[UcxRequest] = field(default_factory=list)
+    reply: NDArray[np.uint8] = field(
+        default_factory=lambda: np.zeros(protocol.REPLY_BYTES, np.uint8)
+    )
 
 
 class UcxTransport:
@@ -77,20 +88,23 @@ class UcxTransport:
         self._settings = {**loopback_only(host), **(ucx or {})}
         self._idle_seconds = idle_seconds
         self._kept: dict[_Place, list[tuple[_Connection, asyncio.TimerHandle]]] = {}
+        self._context: Any = None
         self._worker: UcxWorker | None = None
         self._source: UcxSource | None = None
         self._address = b""
-        self._ending: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     def why_not(self) -> str:
         """The package may be missing."""
         return load().why_not
 
     async def start(self) -> None:
-        """Makes the worker. Raises TransportError."""
+        """Makes the source's worker. Raises TransportError."""
+        ucx = load().ucx
         try:
-            self._worker = UcxWorker(self._settings)
-        except load().ucx.UCXError as error:
+            self._context = ucx.UCXContext(self._settings)
+            self._worker = UcxWorker(self._context)
+        except ucx.UCXError as error:
             raise TransportError(f"UCX can't be started: {error}") from None
         self._address = self._worker.address
         # Sinks close idle connections first; this is for those that are gone.
@@ -98,14 +112,14 @@ class UcxTransport:
 
     async def close(self) -> None:
         """Ends all connections, of both ends. Idempotent."""
+        self._context = None
         for place in list(self._kept):
             for connection, timer in self._kept.pop(place):
                 timer.cancel()
                 self._drop(connection)
-        source, self._source = self._source, None
-        if source is not None:
-            await source.close()
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self._closing)
+        if self._source is not None:
+            await self._source.close()
         if self._worker is not None:
             self._worker.close()
 
@@ -137,11 +151,11 @@ class UcxTransport:
             timer.cancel()
         else:
             connection = await self._greet(place, min(timeout, CONNECT_SECONDS))
-        return UcxReader(self, self._living(), place, connection, self._segment)
+        return UcxReader(self, place, connection, self._segment)
 
     def keep(self, place: _Place, connection: _Connection) -> None:
         """Takes back a connection on which nothing is under way."""
-        if self._source is None or len(self._kept.get(place, ())) >= KEPT_PER_SOURCE:
+        if self._context is None or len(self._kept.get(place, ())) >= KEPT_PER_SOURCE:
             self._drop(connection)
             return
         loop = asyncio.get_running_loop()
@@ -157,48 +171,35 @@ class UcxTransport:
         self._drop(connection)
 
     def _drop(self, connection: _Connection) -> None:
-        task = asyncio.get_running_loop().create_task(self._take_leave(connection))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-
-    async def _take_leave(self, connection: _Connection) -> None:
-        worker, under_way = self._living(), [connection.reply]
-        try:
-            under_way.append(_request(worker, connection, protocol.Request(0, [])))
-            async with asyncio.timeout(FAREWELL_SECONDS):
-                await worker.finished(under_way[1:])
-        except (TimeoutError, worker.error):
-            pass  # It is gone, or finds out by itself.
-        finally:
-            await worker.end(connection.endpoint, under_way)
-
-    def _living(self) -> UcxWorker:
-        if self._worker is None or self._worker.closed:
-            raise TransportError("UCX is closed")
-        return self._worker
+        closing = connection.worker.close_after(connection.endpoint, [])
+        task = asyncio.get_running_loop().create_task(closing)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _greet(self, place: _Place, timeout: float) -> _Connection:
         """A new connection, admitted by the source. Raises TransportUnusableError."""
-        worker = self._living()
-        try:
-            endpoint = worker.endpoint(place.address)
-        except worker.error as error:
-            raise TransportUnusableError(f"the source can't be reached: {error}") from None
-        id_ = secrets.randbits(64)
+        if self._context is None:
+            raise TransportError("UCX is closed")
+        worker = UcxWorker(self._context)
+        endpoint: Any = None
         under_way: list[UcxRequest] = []
         try:
-            under_way.append(_receive_reply(worker, endpoint, id_))
-            hello = protocol.pack_hello(protocol.Hello(place.nonce, id_, self._address))
-            data = np.frombuffer(bytearray(hello), np.uint8)
-            under_way.append(worker.send(endpoint, data, protocol.HELLO_TAG))
+            endpoint = worker.endpoint(place.address)
+            reply = np.zeros(protocol.REPLY_BYTES, np.uint8)
+            under_way.append(worker.receive(endpoint, reply))
+            hello = protocol.pack_hello(protocol.Hello(place.nonce, worker.address))
+            under_way.append(worker.send_message(endpoint, _bytes(hello), protocol.HELLO_TAG))
             async with asyncio.timeout(timeout):
                 await worker.finished(under_way)
             for request in under_way:
                 request.check()
-            _check_reply(under_way[0])
-            return _Connection(endpoint, id_, _receive_reply(worker, endpoint, id_))
+            _check_reply(reply)
+            return _Connection(worker, endpoint)
         except BaseException as error:
-            await worker.end(endpoint, under_way)
+            if endpoint is None:
+                worker.close()
+            else:
+                await worker.close_after(endpoint, under_way)
             if isinstance(error, TimeoutError):
                 raise TransportUnusableError(
                     f"the source did not answer within {timeout:g} s"
@@ -212,15 +213,9 @@ class UcxReader:
     """One connection, for one fetch."""
 
     def __init__(
-        self,
-        transport: UcxTransport,
-        worker: UcxWorker,
-        place: _Place,
-        connection: _Connection,
-        segment: Segment,
+        self, transport: UcxTransport, place: _Place, connection: _Connection, segment: Segment
     ) -> None:
         self._transport = transport
-        self._worker = worker
         self._place = place
         self._connection: _Connection | None = connection
         self._data = segment.data
@@ -231,81 +226,70 @@ class UcxReader:
         connection = self._connection
         if connection is None:
             raise TransportError("the connection is closed")
-        under_way: dict[int, UcxRequest] = {}
+        under_way: list[_Asked] = []
         try:
             async with asyncio.timeout(timeout):
                 await self._exchange(connection, reads, under_way)
         except BaseException as error:
             self._connection = None
-            await self._worker.end(connection.endpoint, [connection.reply, *under_way.values()])
-            if not self._worker.closed:
-                self._worker.discard(list(under_way))
+            requests = [request for asked in under_way for request in asked.requests]
+            await connection.worker.close_after(connection.endpoint, requests)
             if isinstance(error, TimeoutError):
                 raise TransportError(f"the source sent too little within {timeout:g} s") from None
-            if isinstance(error, self._worker.error):
+            if isinstance(error, connection.worker.error):
                 raise TransportError(f"the connection broke: {error}") from None
             raise
 
     async def close(self) -> None:
         """Gives the connection back for the next fetch, if it is sound."""
         connection, self._connection = self._connection, None
-        if connection is not None and not self._worker.closed:
+        if connection is not None:
             self._transport.keep(self._place, connection)
 
     async def _exchange(
-        self, connection: _Connection, reads: Sequence[Read], under_way: dict[int, UcxRequest]
+        self, connection: _Connection, reads: Sequence[Read], under_way: list[_Asked]
     ) -> None:
-        """`under_way` has at any time what is, by tag."""
-        asked: list[list[int]] = []
+        """`under_way` has at any time what is."""
         for batch in batches(reads, protocol.MAX_RANGES, protocol.MAX_BYTES):
-            if len(asked) == WINDOW:
-                await self._arrived(connection, asked.pop(0), under_way)
-            asked.append(self._ask(connection, batch, under_way))
-        while asked:
-            await self._arrived(connection, asked.pop(0), under_way)
+            if len(under_way) == WINDOW:
+                await _arrived(connection.worker, under_way)
+            under_way.append(_Asked())
+            self._ask(connection, batch, under_way[-1])
+        while under_way:
+            await _arrived(connection.worker, under_way)
 
-    def _ask(
-        self, connection: _Connection, batch: Sequence[Read], under_way: dict[int, UcxRequest]
-    ) -> list[int]:
-        """Sends a request, with the receives for its answer begun; their tags."""
-        first = secrets.randbits(63)
-        tags = [first + at for at in range(len(batch) + 1)]
-        for tag, read in zip(tags, batch, strict=False):
+    def _ask(self, connection: _Connection, batch: Sequence[Read], asked: _Asked) -> None:
+        """Begins to receive the answer, and to send the request."""
+        worker, endpoint = connection.worker, connection.endpoint
+        asked.requests.append(worker.receive(endpoint, asked.reply))
+        for read in batch:
             into = self._data[read.local : read.local + read.length]
-            under_way[tag] = self._worker.receive(connection.endpoint, into, tag)
-        request = protocol.Request(first, [(read.remote, read.length) for read in batch])
-        under_way[tags[-1]] = _request(self._worker, connection, request)
-        return tags
-
-    async def _arrived(
-        self, connection: _Connection, tags: Sequence[int], under_way: dict[int, UcxRequest]
-    ) -> None:
-        requests = [under_way[tag] for tag in tags]
-        await self._worker.finished(requests, unless=connection.reply)
-        if connection.reply.over:
-            connection.reply.check()
-            _check_reply(connection.reply)
-            raise TransportError("the source answered what was not asked")
-        for request in requests:
-            request.check()
-        for tag in tags:
-            del under_way[tag]
+            asked.requests.append(worker.receive(endpoint, into))
+        request = protocol.pack_request([(read.remote, read.length) for read in batch])
+        asked.requests.append(worker.send(endpoint, _bytes(request)))
 
 
-def _request(worker: UcxWorker, connection: _Connection, request: protocol.Request) -> UcxRequest:
-    data = np.frombuffer(bytearray(protocol.pack_request(request)), np.uint8)
-    return worker.send(connection.endpoint, data, connection.id)
+async def _arrived(worker: UcxWorker, under_way: list[_Asked]) -> None:
+    """Waits for the answer to the first of what was asked."""
+    asked = under_way[0]
+    await worker.finished(asked.requests[:1])
+    asked.requests[0].check()
+    _check_reply(asked.reply)
+    await worker.finished(asked.requests)
+    for request in asked.requests:
+        request.check()
+    del under_way[0]
 
 
-def _receive_reply(worker: UcxWorker, endpoint: Any, connection: int) -> UcxRequest:
-    return worker.receive(endpoint, np.zeros(protocol.REPLY_BYTES, np.uint8), connection)
-
-
-def _check_reply(reply: UcxRequest) -> None:
+def _check_reply(reply: NDArray[np.uint8]) -> None:
     """Raises TransportError if there are words in it."""
-    words = protocol.unpack_reply(reply.data.tobytes())
+    words = protocol.unpack_reply(reply.tobytes())
     if words:
         raise TransportError(f"the source refused: {words}")
+
+
+def _bytes(raw: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(bytearray(raw), np.uint8)
 
 
 def _place(ticket: Offer) -> _Place:

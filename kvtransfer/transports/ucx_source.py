@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtransfer.errors import TransportError
 from kvtransfer.memory import Segment
@@ -44,7 +46,7 @@ class UcxSource:
 
     async def _greet(self) -> None:
         while True:
-            request = self._worker.receive(None, self._hello, protocol.HELLO_TAG)
+            request = self._worker.receive_message(self._hello, protocol.HELLO_TAG)
             await self._worker.finished([request])
             try:
                 request.check()
@@ -59,68 +61,58 @@ class UcxSource:
 
     async def _serve(self, hello: protocol.Hello) -> None:
         """One connection until it ends, in whatever way."""
-        task = asyncio.current_task()
-        assert task is not None
         under_way: list[UcxRequest] = []
         try:
             endpoint = self._worker.endpoint(hello.address)
         except self._worker.error as error:
-            log.warning("a KV connection was refused: its sink can't be reached: %s", error)
+            log.warning("a KV sink can't be reached: %s", error)
             return
         try:
-            endpoint.set_close_callback(task.cancel)
-            if hmac.compare_digest(hello.nonce, self._nonce):
-                await self._answer(endpoint, under_way, hello.connection, "")
-                while await self._reply(endpoint, under_way, hello.connection):
-                    pass
-            else:
-                await self._refuse(endpoint, under_way, hello.connection, "not its ticket")
+            await self._converse(endpoint, under_way, hello)
+        except protocol.ProtocolError as error:
+            log.warning("a KV sink was refused: %s", error)
+            with contextlib.suppress(TimeoutError, TransportError, self._worker.error):
+                await self._refuse(endpoint, under_way, str(error))
         except (TimeoutError, TransportError, self._worker.error):
             pass  # The sink went away; whatever it still needs, it asks for anew.
         finally:
-            endpoint.remove_close_callback()
-            await self._worker.end(endpoint, under_way)
+            self._worker.end(endpoint, under_way)
 
-    async def _reply(self, endpoint: Any, under_way: list[UcxRequest], connection: int) -> bool:
-        """Waits for a request and sends what it asks for; False if there is to be no other."""
-        raw = np.zeros(protocol.REQUEST_BYTES, np.uint8)
-        under_way[:] = [self._worker.receive(endpoint, raw, connection)]
-        async with asyncio.timeout(self._idle_seconds):
-            await self._worker.finished(under_way)
-        under_way[0].check()
-        try:
-            asked = protocol.unpack_request(raw.tobytes(), self._data.nbytes)
-        except protocol.ProtocolError as error:
-            await self._refuse(endpoint, under_way, connection, str(error))
-            return False
-        under_way.clear()
-        if not asked.ranges:
-            return False
-        for at, (offset, length) in enumerate(asked.ranges):
-            data = self._data[offset : offset + length]
-            under_way.append(self._worker.send(endpoint, data, asked.tag + at))
-        await self._sent(under_way)
-        return True
-
-    async def _refuse(
-        self, endpoint: Any, under_way: list[UcxRequest], connection: int, why: str
+    async def _converse(
+        self, endpoint: Any, under_way: list[UcxRequest], hello: protocol.Hello
     ) -> None:
-        log.warning("a KV sink was refused: %s", why)
-        await self._answer(endpoint, under_way, connection, why)
+        """Answers requests. `under_way` has at any time what is."""
+        if not hmac.compare_digest(hello.nonce, self._nonce):
+            raise protocol.ProtocolError("not a ticket of this source")
+        welcome = _bytes(protocol.pack_reply(""))
+        under_way[:] = [self._worker.send(endpoint, welcome)]
+        raw = np.zeros(protocol.REQUEST_BYTES, np.uint8)
+        while True:
+            await self._sent(under_way)
+            under_way[:] = [self._worker.receive(endpoint, raw)]
+            async with asyncio.timeout(self._idle_seconds):
+                await self._worker.finished(under_way)
+            under_way[0].check()
+            ranges = protocol.unpack_request(raw.tobytes(), self._data.nbytes)
+            under_way[:] = [self._worker.send(endpoint, welcome)]
+            for offset, length in ranges:
+                data = self._data[offset : offset + length]
+                under_way.append(self._worker.send(endpoint, data))
+
+    async def _refuse(self, endpoint: Any, under_way: list[UcxRequest], why: str) -> None:
+        under_way[:] = [self._worker.send(endpoint, _bytes(protocol.pack_reply(why)))]
+        await self._sent(under_way)
         # An endpoint that is closed drops what it has not sent; the sink goes when it has read it.
-        under_way[:] = [self._worker.receive(endpoint, np.zeros(1, np.uint8), connection)]
+        under_way[:] = [self._worker.receive(endpoint, np.zeros(1, np.uint8))]
         async with asyncio.timeout(LINGER_SECONDS):
             await self._worker.finished(under_way)
-
-    async def _answer(
-        self, endpoint: Any, under_way: list[UcxRequest], connection: int, words: str
-    ) -> None:
-        data = np.frombuffer(bytearray(protocol.pack_reply(words)), np.uint8)
-        under_way[:] = [self._worker.send(endpoint, data, connection)]
-        await self._sent(under_way)
 
     async def _sent(self, under_way: list[UcxRequest]) -> None:
         async with asyncio.timeout(STALL_SECONDS):
             await self._worker.finished(under_way)
         for request in under_way:
             request.check()
+
+
+def _bytes(raw: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(bytearray(raw), np.uint8)

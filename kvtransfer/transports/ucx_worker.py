@@ -16,7 +16,7 @@ import importlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 TURN_SECONDS = 0.5e-3
 HEARTBEAT_SECONDS = 0.5
 """It is moved on so often even if its descriptor is silent, as UCX loses an event at times."""
+GRACE_SECONDS = 0.5
 END_SECONDS = 5.0
-"""Nothing of a closed connection takes longer to end; if it does, the worker ends."""
+"""Nothing of a closed connection takes longer to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +86,24 @@ class UcxRequest:
 @dataclass(slots=True, eq=False)
 class _Waiting:
     requests: list[UcxRequest]
-    unless: UcxRequest | None
     ended: asyncio.Future[None]
 
 
 class UcxWorker:
-    """One context and worker; `settings` are UCX's, without the prefix UCX_.
+    """One worker of a context, moved on by the event loop that it is made on.
 
-    Made on the event loop that it serves. Raises ucxx's UCXError.
+    `context` is ucxx's UCXContext. Raises ucxx's UCXError.
     """
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, context: Any) -> None:
         library = load()
         self._ucx, self._array = library.ucx, library.array
         self.error: type[Exception] = self._ucx.UCXError
         """What calls and requests raise."""
-        self._worker = self._ucx.UCXWorker(self._ucx.UCXContext(dict(settings)))
+        self._worker = self._ucx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
         self._waiting: list[_Waiting] = []
+        self._lingering: list[UcxRequest] = []
         self._turn_due = False
         self._loop = asyncio.get_running_loop()
         self._descriptor = self._worker.epoll_file_descriptor
@@ -121,27 +122,33 @@ class UcxWorker:
         where = self._ucx.UCXAddress.create_from_buffer(address)
         return self._ucx.UCXEndpoint.create_from_worker_address(self._worker, where, True)
 
-    def send(self, endpoint: Any, data: NDArray[np.uint8], tag: int) -> UcxRequest:
-        """Begins to. Raises `error`."""
+    def send(self, endpoint: Any, data: NDArray[np.uint8]) -> UcxRequest:
+        """Begins to, in the endpoint's stream. Raises `error`."""
+        request = endpoint.stream_send(self._array(data))
+        self._soon()
+        return UcxRequest(data, request)
+
+    def receive(self, endpoint: Any, into: NDArray[np.uint8]) -> UcxRequest:
+        """Begins to fill it from the endpoint's stream. Raises `error`."""
+        request = endpoint.stream_recv(self._array(into))
+        self._soon()
+        return UcxRequest(into, request)
+
+    def send_message(self, endpoint: Any, data: NDArray[np.uint8], tag: int) -> UcxRequest:
+        """Begins to send a message that is no part of the stream. Raises `error`."""
         request = endpoint.tag_send(self._array(data), self._ucx.UCXXTag(tag))
         self._soon()
         return UcxRequest(data, request)
 
-    def receive(self, endpoint: Any | None, into: NDArray[np.uint8], tag: int) -> UcxRequest:
-        """Begins to. Raises `error`.
-
-        It ends with the endpoint at the latest, or without one with the worker.
-        """
-        receiver = self._worker if endpoint is None else endpoint
-        request = receiver.tag_recv(self._array(into), self._ucx.UCXXTag(tag))
+    def receive_message(self, into: NDArray[np.uint8], tag: int) -> UcxRequest:
+        """Begins to wait for a message from anyone. Ends with the worker. Raises `error`."""
+        request = self._worker.tag_recv(self._array(into), self._ucx.UCXXTag(tag))
         self._soon()
         return UcxRequest(into, request)
 
-    async def finished(
-        self, requests: Sequence[UcxRequest], unless: UcxRequest | None = None
-    ) -> None:
-        """Waits until all are over, or `unless` is. Raises TransportError if it is closed."""
-        waiting = _Waiting(list(requests), unless, self._loop.create_future())
+    async def finished(self, requests: Sequence[UcxRequest]) -> None:
+        """Waits until all are over. Raises TransportError if the worker is closed."""
+        waiting = _Waiting(list(requests), self._loop.create_future())
         self._waiting.append(waiting)
         self._soon()
         try:
@@ -149,27 +156,37 @@ class UcxWorker:
         finally:
             self._waiting.remove(waiting)
 
-    async def end(self, endpoint: Any, requests: Sequence[UcxRequest]) -> None:
-        """Closes an endpoint at once; returns when nothing moves any more for its requests.
+    def end(self, endpoint: Any, requests: Sequence[UcxRequest]) -> None:
+        """Closes an endpoint at once. The peer's death, sleep or silence do not delay it.
 
-        The peer's death, sleep or silence do not delay it. A cancellation waits for it.
+        Its requests end, most of them before this returns; until then they are held on to, since
+        UCX still knows their memory.
         """
+        endpoint.remove_close_callback()
         endpoint.close_blocking()
+        self._lingering += [request for request in requests if not request.over]
         self._soon()
+
+    async def close_after(self, endpoint: Any, requests: Sequence[UcxRequest]) -> None:
+        """Closes an endpoint and the worker; returns when nothing is written to any more.
+
+        Requests get GRACE_SECONDS to end by themselves, since ucxx never frees the worker of an
+        endpoint that was closed under them. A cancellation waits for it all.
+        """
+        await self._over_within(GRACE_SECONDS, requests)
+        self.end(endpoint, requests)
+        await self._over_within(END_SECONDS, self._lingering)
+        if self._lingering:
+            log.error("UCX did not end a closed connection within %g s", END_SECONDS)
+        self.close()
+
+    async def _over_within(self, seconds: float, requests: Sequence[UcxRequest]) -> None:
         if all(request.over for request in requests):
             return
         ending = self._loop.create_task(self.finished(requests))
-        last_resort = self._loop.call_later(END_SECONDS, self._give_up)
+        last_resort = self._loop.call_later(seconds, ending.cancel)
         await outlast(ending)
         last_resort.cancel()
-
-    def discard(self, tags: Sequence[int]) -> None:
-        """Frees messages that came and that nobody will receive any more."""
-        for tag in tags:
-            found = self._worker.tag_probe(self._ucx.UCXXTag(tag), remove=True)
-            if found.matched:
-                into = np.empty(max(1, found.length), np.uint8)
-                self._worker.tag_recv_with_handle(self._array(into), found)
 
     def close(self) -> None:
         """Ends everything. Idempotent."""
@@ -184,10 +201,6 @@ class UcxWorker:
                 waiting.ended.set_exception(TransportError("UCX is closed"))
         self._worker.progress()
         del self._worker
-
-    def _give_up(self) -> None:
-        log.error("UCX did not end a closed connection: all of its connections end")
-        self.close()
 
     def _soon(self) -> None:
         if not self._turn_due and not self.closed:
@@ -217,10 +230,11 @@ class UcxWorker:
         self._settle()
 
     def _settle(self) -> None:
+        if self._lingering:
+            self._lingering = [request for request in self._lingering if not request.over]
         for waiting in self._waiting:
             requests = waiting.requests
             while requests and requests[-1].over:
                 requests.pop()
-            ended = not requests or (waiting.unless is not None and waiting.unless.over)
-            if ended and not waiting.ended.done():
+            if not requests and not waiting.ended.done():
                 waiting.ended.set_result(None)
