@@ -15,8 +15,13 @@ ON_UVLOOP = ("test_kv_endpoint.py", "test_kv_faults.py")
 
 
 def pytest_asyncio_loop_factories(config, item):
-    """KV tests run on the loop that workers have; transports, which use raw sockets, on both."""
+    """KV tests run on the loop that workers have; transports, which use raw sockets, on both.
+
+    Where a test needs a source for itself, which takes a second to start, one loop is enough.
+    """
     if item.path.name == "test_transports.py":
+        if "own_source" in item.fixturenames:
+            return {"uvloop": uvloop.new_event_loop}
         return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     if item.path.name in ON_UVLOOP:
         return {"uvloop": uvloop.new_event_loop}

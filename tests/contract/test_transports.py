@@ -9,8 +9,10 @@ import functools
 import random
 import secrets
 import signal
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from kvtransfer.errors import TransportError
@@ -22,11 +24,11 @@ from kvtransfer.transports.shm import ShmTransport, host_identity
 from kvtransfer.transports.tcp import TcpTransport
 from kvtransfer.transports.ucx import UcxTransport
 from tests.contract.kv_rig import RemoteSource
-from tests.contract.kv_source import content
+from tests.contract.transport_source import filled
 
 NAMES = ("shm", "tcp", "ucx", "nixl", "nixl over tcp")
 """The last is what NIXL does across hosts without RDMA, where it needs the source's help."""
-SOURCE_BLOCKS = 2000
+SOURCE_BYTES = 20 * 2**20 + 17
 SINK_BYTES = 28 * 2**20
 LARGE = 12 * 2**20
 """A read that no buffer on the way holds; less than half of the sink's memory."""
@@ -37,17 +39,21 @@ def name(request) -> str:
     return request.param
 
 
-def remote_source(name: str) -> RemoteSource:
-    transport, *over = name.split()
-    return RemoteSource(
-        env={"UCX_TLS": "tcp"} if over else {}, transports=[transport], blocks=SOURCE_BLOCKS
-    )
+class TransportSource(RemoteSource):
+    """A process that serves one transport: transport_source.py."""
+
+    script = "transport_source.py"
+
+    def __init__(self, name: str) -> None:
+        transport, *over = name.split()
+        env = {"UCX_TLS": "tcp"} if over else {}
+        super().__init__(env=env, transport=transport, data_bytes=SOURCE_BYTES)
 
 
 @pytest.fixture(scope="module")
 def shared_sources():
     """One source for each transport, for tests that don't harm it."""
-    sources = {n: remote_source(n) for n in NAMES}
+    sources = {n: TransportSource(n) for n in NAMES}
     yield sources
     for source in sources.values():
         source.close()
@@ -56,7 +62,7 @@ def shared_sources():
 @pytest.fixture
 def own_source(name):
     """A source for a test that harms it."""
-    source = remote_source(name)
+    source = TransportSource(name)
     yield source
     source.close()
 
@@ -89,9 +95,9 @@ async def sink(name, segment):
 
 
 @functools.cache
-def whole(size: int) -> np.ndarray:
+def whole() -> np.ndarray:
     """What every source's memory holds."""
-    return content(b"whole---", size)
+    return filled(SOURCE_BYTES)
 
 
 class Place:
@@ -100,7 +106,7 @@ class Place:
     def __init__(self, source: RemoteSource, ticket: dict) -> None:
         self.address = source.address
         self.ticket = Offer(ticket["name"], ticket["attributes"])
-        self.data = whole(ticket["bytes"])
+        self.data = whole()
 
 
 @pytest.fixture
@@ -244,41 +250,69 @@ async def test_after_a_cancel_nothing_is_written(sink, place, segment):
         assert np.array_equal(segment.data[:size], left[:size])
 
 
-async def test_a_read_ends_in_time_when_the_source_is_frozen(name, sink, own_source, own_place):
-    reader = await sink.connect(own_place.ticket, own_place.address, 5)
-    own_source.signal(signal.SIGSTOP)
+async def test_a_frozen_source_delays_nobody_and_writes_nothing_later(
+    name, sink, own_source, own_place, segment
+):
     loop = asyncio.get_running_loop()
-    began = loop.time()
-    reading = reader.read([Read(0, 0, LARGE)], 0.5)
-    if name in ("shm", "nixl"):
-        await reading  # Its memory needs nobody's help.
-    else:
-        with pytest.raises(TransportError):
-            await reading
-    await reader.close()
-    assert loop.time() - began < 5
-
-
-async def test_connecting_to_a_frozen_source_ends_in_time(sink, own_source, own_place):
     own_source.signal(signal.SIGSTOP)
-    loop = asyncio.get_running_loop()
     began = loop.time()
     with contextlib.suppress(TransportError):
-        reader = await sink.connect(own_place.ticket, own_place.address, 0.5)
+        reader = await sink.connect(own_place.ticket, own_place.address, 0.3)
         await reader.close()
-    assert loop.time() - began < 5
-
-
-async def test_a_source_that_was_killed_is_an_error(sink, own_source, own_place):
-    own_source.kill()
-    with pytest.raises(TransportError):
-        await sink.connect(own_place.ticket, own_place.address, 5)
-
-
-async def test_a_source_killed_under_a_reader(name, sink, own_source, own_place, segment):
+    assert loop.time() - began < 3
+    own_source.signal(signal.SIGCONT)
     reader = await sink.connect(own_place.ticket, own_place.address, 5)
     await reader.read([Read(0, 0, 100)], 5)
+
+    own_source.signal(signal.SIGSTOP)
+    segment.data[:] = 0xEE
+    began = loop.time()
+    if name == "shm":
+        await reader.read([Read(0, 0, LARGE)], 5)  # Its memory needs nobody's help.
+    elif name == "nixl":
+        # Nor here, once UCX has found out that the kernel can copy.
+        with contextlib.suppress(TransportError):
+            await reader.read([Read(0, 0, LARGE)], 0.3)
+    else:
+        with pytest.raises(TransportError):
+            await reader.read([Read(0, 0, LARGE)], 0.3)
+    await reader.close()
+    assert loop.time() - began < 3
+
+    before = segment.data.copy()
+    own_source.signal(signal.SIGCONT)
+    try:
+        reader = await sink.connect(own_place.ticket, own_place.address, 5)
+        await reader.read([Read(0, SINK_BYTES - 100, 100)], 5)
+        await reader.close()
+    except TransportError:
+        # As of UCX 1.23 NIXL's source does not survive answering a reader that is gone.
+        assert "nixl" in name
+        assert await asyncio.to_thread(own_source.process.wait, 10)
+    assert np.array_equal(segment.data[: SINK_BYTES - 100], before[: SINK_BYTES - 100])
+
+
+async def test_a_read_from_a_frozen_source_that_comes_back(sink, own_source, own_place, segment):
+    reader = await sink.connect(own_place.ticket, own_place.address, 5)
+    await reader.read([Read(0, 0, 100)], 5)
+    own_source.signal(signal.SIGSTOP)
+    reading = asyncio.create_task(reader.read([Read(0, 0, LARGE)], 10))
+    await asyncio.sleep(0)
+    own_source.signal(signal.SIGCONT)
+    await reading
+    await reader.close()
+    assert np.array_equal(segment.data[:LARGE], own_place.data[:LARGE])
+
+
+async def test_a_source_killed_before_during_and_after(name, sink, own_source, own_place, segment):
+    reader = await sink.connect(own_place.ticket, own_place.address, 5)
+    await reader.read([Read(0, 0, 100)], 5)
+    segment.data[:] = 0xEE
+    reading = asyncio.create_task(reader.read([Read(0, 0, LARGE)], 10))
+    await eventually(lambda: segment.data[0] != 0xEE or reading.done())
     own_source.kill()
+    during = await asyncio.gather(reading, return_exceptions=True)
+    assert isinstance(during[0], TransportError | None)
     if name == "shm":
         # The mapping keeps what was there: the bytes are still right.
         await reader.read([Read(100, 0, 100)], 5)
@@ -287,6 +321,12 @@ async def test_a_source_killed_under_a_reader(name, sink, own_source, own_place,
         with pytest.raises(TransportError):
             await reader.read([Read(100, 0, 100)], 5)
     await reader.close()
+    left = segment.data.copy()
+    if name != "shm":
+        with pytest.raises(TransportError):
+            await sink.connect(own_place.ticket, own_place.address, 5)
+    await sink.close()
+    assert np.array_equal(segment.data, left)
 
 
 def _kept(transport: Transport) -> int:
@@ -319,3 +359,39 @@ async def test_offers_are_plain_and_do_not_tell_the_nonce(sink, segment):
         assert segment.nonce.hex() not in offer.attributes.values()
     assert sink.obstacle(sink.source_offer(), sink.sink_offer()) == ""
     assert sink.why_not() == ""
+
+
+async def test_reading_often_leaves_nothing_behind(name, sink, place, shared_sources, segment):
+    """Connections come and go, sink and source keep nothing of them."""
+    me, source = psutil.Process(), shared_sources[name]
+
+    async def some(count: int) -> None:
+        for _ in range(count):
+            readers = [await sink.connect(place.ticket, place.address, 5) for _ in range(6)]
+            await asyncio.gather(
+                *(r.read([Read(i, 100 * i, 100)], 5) for i, r in enumerate(readers))
+            )
+            for reader in readers:
+                await reader.close()
+
+    await some(5)
+    mine, theirs = me.num_fds(), await source.do("burdens")
+    rss = me.memory_info().rss
+    await some(40)
+    await eventually(lambda: me.num_fds() <= mine + 8)
+    now = await source.do("burdens")
+    assert now["descriptors"] <= theirs["descriptors"] + 8
+    assert now["rss"] - theirs["rss"] < 16 * 2**20
+    assert me.memory_info().rss - rss < 16 * 2**20
+
+
+async def test_being_idle_costs_nothing(name, sink, place, shared_sources):
+    source = shared_sources[name]
+    reader = await sink.connect(place.ticket, place.address, 5)
+    await reader.read([Read(0, 0, 100)], 5)
+    before, mine = await source.do("burdens"), time.process_time()
+    await asyncio.sleep(0.5)
+    after, spent = await source.do("burdens"), time.process_time() - mine
+    await reader.close()
+    assert spent < 0.05
+    assert after["cpu"] - before["cpu"] < 0.05
