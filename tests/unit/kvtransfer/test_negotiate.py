@@ -54,3 +54,21 @@ def test_nothing_fits():
 def test_one_side_has_nothing(source, sink):
     with pytest.raises(NoTransportError):
         choose(offers(*source), offers(*sink), FITS, {})
+
+
+ALL = ("shm", "nixl", "ucx", "tcp")
+
+
+def test_on_one_host_shared_memory_and_on_two_the_best_that_both_have():
+    judges = {name: Judge() for name in ALL}
+    assert choose(offers(*ALL), offers(*ALL), judges, {}).name == "shm"
+    judges["shm"] = Judge("not on one host")
+    choice = choose(offers(*ALL), offers(*ALL), judges, {})
+    assert (choice.name, choice.why) == ("nixl", "nixl fits; not shm: not on one host")
+    choice = choose(offers(*ALL), offers("shm", "ucx", "tcp"), judges, {})
+    assert choice.name == "ucx"
+    assert choice.why == "ucx fits; not shm: not on one host; nixl: the sink does not offer it"
+    why = {"nixl": "NIXL is not installed", "ucx": "UCX is not installed"}
+    choice = choose(offers("shm", "tcp"), offers(*ALL), judges, why)
+    assert choice.name == "tcp"
+    assert "nixl: NIXL is not installed; ucx: UCX is not installed" in choice.why
