@@ -127,8 +127,8 @@ class DeviceSegment:
     caller allocated and keeps; the `host_bytes` after them (generations, scratch) are allocated
     here. Of the transports only NIXL can move it (transports/build.py).
 
-    No GPU was at hand when this was written: what has been run is the arithmetic and what is told
-    to NIXL, with made-up addresses. NIXL's own registration and reads of VRAM have not.
+    What is tested is the arithmetic and what NIXL is told, with made-up addresses; no GPU's memory
+    was ever registered or read by it.
     """
 
     fd = None
