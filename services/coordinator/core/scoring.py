@@ -113,13 +113,3 @@ def pick(candidates: Iterable[Candidate], weights: Weights, draw: Callable[[], f
     first = equals.pop(int(draw() * len(equals)))
     second = equals[int(draw() * len(equals))]
     return min(first, second, key=lambda c: c.worker.picked)
-
-
-def prefill_rate(worker: Worker, peers: Iterable[Worker]) -> float:
-    """Prompt tokens a second: measured, or the mean of its peers that have measured theirs."""
-    own = worker.load.stats.prefill_tokens_per_second
-    if own > 0:
-        return own
-    known = [w.load.stats.prefill_tokens_per_second for w in peers]
-    known = [rate for rate in known if rate > 0]
-    return sum(known) / len(known) if known else NOMINAL_TOKENS_PER_SECOND
