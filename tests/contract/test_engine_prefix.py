@@ -134,6 +134,36 @@ async def test_cancelled_while_the_prefix_is_waited_for(fetching, new):  # noqa:
     silent.close()
 
 
+async def test_a_peer_that_brings_nothing_in_time_is_not_asked_again(new, monkeypatch):  # noqa: F811
+    """Of the estimate itself: it is by the prior until then, which says milliseconds."""
+    estimates = []
+
+    def patient(prefix, tokens, estimate, rate) -> Verdict:
+        estimates.append(estimate)
+        return Verdict(prefix, tokens, estimate.seconds, 0.2, "the test")
+
+    monkeypatch.setattr("services.engine.stepped.step.judge", patient)
+
+    async def say_nothing(reader, writer) -> None:
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    worker = await new()
+    prefix = KvPrefix("peer", f"127.0.0.1:{port}", 48)
+    for i in range(2):
+        worker.engine.decode(Request(f"r{i}", prompt(60, i), GREEDY), None, prefix)
+        await worker.tokens(f"r{i}")
+    first, second = estimates
+    assert first.basis == "the prior"
+    assert second.basis == "this peer"
+    assert second.seconds > 0.15
+    assert report(worker, "r1").prefix.reason.endswith("computed")
+    await worker.settled()
+    silent.close()
+
+
 # Rules for where KV may go
 
 
