@@ -35,7 +35,10 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import Piece
 
 BATCH_BYTES = 16 * 2**20
+BATCH_PIECES = 4096
 RENEWALS_PER_LEASE = 4
+WAITING_PIECES = 1024
+"""So many more pieces than layers there are may wait to be read; beyond, the source is mad."""
 MISSES = 2
 """Renewals in a row without an answer that mean that the source is gone."""
 
@@ -159,6 +162,7 @@ class FetchCore:
         self._opened = False
         self._open_by = now + limits.stall_seconds
         self._queue: deque[Piece] = deque()
+        self._most = WAITING_PIECES + keys * layout.layers
         self._reading: tuple[Piece, ...] = ()
         self._again = False
         """What is being read was wrong before."""
@@ -182,7 +186,7 @@ class FetchCore:
             case Opened(lease_seconds):
                 self._open(lease_seconds, now)
             case Announced(pieces):
-                self._queue.extend(pieces)
+                self._announced(pieces)
             case Ended():
                 self._ended = self._ended or event
             case ReadDone(wrong, stale):
@@ -202,6 +206,11 @@ class FetchCore:
         self._opened = True
         self._renew_every = min(self._renew_every, lease_seconds / RENEWALS_PER_LEASE)
         self._renew_at = now + self._renew_every
+
+    def _announced(self, pieces: tuple[Piece, ...]) -> None:
+        self._queue.extend(pieces)
+        if len(self._queue) > self._most:
+            self._lose("it announced more pieces than there can be", "TRANSPORT_FAILED")
 
     def _tick(self, now: float) -> list[Command]:
         if now >= self._limits.deadline:
@@ -255,7 +264,9 @@ class FetchCore:
             return []
         batch: list[Piece] = []
         size = 0
-        while self._queue and (not batch or size + self._queue[0].length <= BATCH_BYTES):
+        while self._queue and len(batch) < BATCH_PIECES:
+            if batch and size + self._queue[0].length > BATCH_BYTES:
+                break
             piece = self._queue.popleft()
             try:
                 wanted = self.arrivals.claim(piece)

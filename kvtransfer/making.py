@@ -167,13 +167,12 @@ class ConvertingLanding:
 
     @asynccontextmanager
     async def stage(self, pieces: Sequence[Piece]) -> AsyncIterator[Sequence[int]]:
-        """One after the other in scratch. Raises TransportError if they fill more than half."""
+        """One after the other in scratch. Raises TransportError if they never fit."""
         scratch, starts = self._making.store.scratch, [0, *accumulate(p.length for p in pieces)]
-        # The other half is for generations, whose room other fetches keep while they wait here.
-        if starts[-1] > scratch.nbytes // 2:
+        if starts[-1] > scratch.nbytes:
             raise TransportError(
-                f"pieces of {starts[-1]} bytes to convert take more than half of the "
-                f"{scratch.nbytes} bytes of scratch here"
+                f"pieces of {starts[-1]} bytes to convert do not fit the {scratch.nbytes} bytes "
+                "of scratch here (scratch_bytes)"
             )
         async with scratch.borrow(starts[-1]) as at:
             yield [at + start for start in starts[:-1]]

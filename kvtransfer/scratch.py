@@ -2,9 +2,12 @@
 
     0             blocks, one after the other
     generations   one little-endian uint64 for each block
+    room          for generations that fetches read from sources
     scratch       memory for bytes on their way: registered like the blocks, and so readable into
 
 Transports register the whole of it once; a fetch that needs room besides its blocks borrows some.
+Generations have a room of their own: each read borrows some of it first and holds it while it waits
+for scratch, and in one room those would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from dataclasses import dataclass
 ALIGNMENT = 4096
 SCRATCH_BYTES = 64 * 2**20
 """Address space; physical memory is taken as it is first used."""
+ROOM_BYTES = 2**20
+"""For the generations of 32 of the largest reads at a time (fetching.BATCH_PIECES); others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +30,17 @@ class SegmentPlan:
     """Offsets in a segment, bytes; every part starts at a multiple of 4096."""
 
     generations: int
+    room: int
     scratch: int
     nbytes: int
 
     @classmethod
     def of(cls, blocks: int, block_bytes: int, scratch_bytes: int) -> SegmentPlan:
         """For so many blocks."""
-        generations = blocks * block_bytes
-        scratch = _aligned(_aligned(generations) + 8 * blocks)
-        return cls(_aligned(generations), scratch, scratch + scratch_bytes)
+        generations = _aligned(blocks * block_bytes)
+        room = _aligned(generations + 8 * blocks)
+        scratch = room + ROOM_BYTES
+        return cls(generations, room, scratch, scratch + scratch_bytes)
 
 
 class Scratch:

@@ -269,8 +269,8 @@ class SinkFetch:
         assert reader is not None
         try:
             async with (
-                # This room first: who has room for pieces must not wait for more.
-                self._store.scratch.borrow(GENERATION_BYTES * len(pieces)) as generations,
+                # This room first: who has scratch must not wait for anything.
+                self._store.room.borrow(GENERATION_BYTES * len(pieces)) as generations,
                 self._landing.stage(pieces) as places,
             ):
                 # The source's time counts from here: it has no part in the wait for room.

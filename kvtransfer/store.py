@@ -102,6 +102,8 @@ class KvStore:
         self.generations_offset = plan.generations
         """Where sinks find the generations of all blocks in the segment, bytes."""
         self._generations = self.segment.data[plan.generations :][: blocks * 8].view("<u8")
+        self.room = Scratch(plan.room, plan.scratch - plan.room)
+        """Registered memory for generations that fetches read."""
         self.scratch = Scratch(plan.scratch, plan.nbytes - plan.scratch)
         """Registered memory for what is on its way and has no block."""
         self._clock = clock

@@ -419,7 +419,7 @@ async def test_a_cancelled_fetch_writes_no_more_and_holds_nothing(make_sink, sou
 async def test_many_at_once_share_a_little_scratch(make_sink, sources):
     shards = [sources(**shard) for shard in TWO]
     piece = 6 * made(shards=2).layer_bytes
-    sink = await make_sink(block_tokens=24, scratch_bytes=2 * 3 * piece + 65536)
+    sink = await make_sink(block_tokens=24, scratch_bytes=3 * piece + 4096)
     jobs = []
     for _ in range(8):
         lease, tokens = fresh(40)
@@ -440,7 +440,7 @@ async def test_pieces_that_scratch_cannot_take_are_refused_in_words(make_sink, s
     source, sink = sources(), await make_sink(dtype="fp8_e4m3", scratch_bytes=8192)
     lease, tokens = fresh(16)
     await finished(source, lease, tokens)
-    with pytest.raises(KvSourceLostError, match="half of the 8192 bytes of scratch"):
+    with pytest.raises(KvSourceLostError, match="do not fit the 8192 bytes of scratch"):
         await sink.fetch([source], lease, tokens, sink.allocate(1))
     await source.idle()
 

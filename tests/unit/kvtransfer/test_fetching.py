@@ -5,6 +5,7 @@ import pytest
 from kvtransfer.errors import KvSourceLostError, TransportError
 from kvtransfer.fetching import (
     BATCH_BYTES,
+    WAITING_PIECES,
     Announced,
     Complete,
     Ended,
@@ -193,3 +194,12 @@ def test_reads_are_bounded_in_time_and_size():
     )
     (read,) = it.handle(Announced(pieces), 0.0)
     assert read.pieces == pieces[:1]
+
+
+def test_more_announcements_than_there_can_be():
+    it = core(1)
+    it.handle(Announced((piece(0),)), 0.0)  # Being read.
+    it.handle(Announced((piece(0),) * (WAITING_PIECES + 4)), 0.0)
+    assert not it.over
+    it.handle(Announced((piece(0),)), 0.0)
+    assert cause(it) == "TRANSPORT_FAILED"
