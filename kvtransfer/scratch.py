@@ -86,8 +86,7 @@ class Scratch:
             if turn.done() and not turn.cancelled():
                 self._give(turn.result(), size)
             else:
-                self._waiting.remove((size, turn))
-                self._serve()
+                self._serve()  # Who waited behind it may have room enough.
             raise
 
     def _carve(self, size: int) -> int | None:
@@ -110,6 +109,9 @@ class Scratch:
     def _serve(self) -> None:
         while self._waiting:
             size, turn = self._waiting[0]
+            if turn.cancelled():  # Its task has yet to hear of it.
+                self._waiting.popleft()
+                continue
             offset = self._carve(size)
             if offset is None:
                 return
