@@ -66,7 +66,7 @@ class TierStats:
     errors: int = 0
     """Input and output that failed; after the first the tier is off."""
     off: str = ""
-    """Why the tier is off, empty while it is on."""
+    """Why nothing is put into it any more, empty while it is on."""
 
 
 Evicting = Callable[[Label, Bytes], None]
@@ -85,6 +85,10 @@ class Tier(Protocol):
     name: str
     slots: int
     """Blocks it has room for."""
+
+    @property
+    def on(self) -> bool:
+        """Whether it takes anything."""
 
     def on_left(self, left: Left) -> None:
         """Who is told when keys leave, from any thread. It may look at the tier, not change it."""

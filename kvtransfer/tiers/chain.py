@@ -26,6 +26,11 @@ class Chain:
             tier.on_left(self._tell)
         self._tell(self._keys())
 
+    @property
+    def on(self) -> bool:
+        """Whether any tier takes anything."""
+        return any(tier.on for tier in self.tiers)
+
     def put(self, label: Label, data: Bytes) -> bool:
         """Copies a block into the top tier, or if that is off the next; False if none takes it."""
         held = any(self._put(level, label, data) for level in range(len(self.tiers)))

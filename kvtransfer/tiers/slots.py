@@ -97,6 +97,11 @@ class SlotTier:
         used = {entry.slot for entry in self._index.values()}
         self._free = [slot for slot in reversed(range(medium.slots)) if slot not in used]
 
+    @property
+    def on(self) -> bool:
+        """Whether it takes anything."""
+        return not self._off
+
     def on_left(self, left: Left) -> None:
         """Who is told when keys leave."""
         self._left = left

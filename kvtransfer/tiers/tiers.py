@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -46,6 +47,7 @@ class Tiers:
         self._staging = np.empty(store.block_bytes, np.uint8)
         self._awake = threading.Event()
         self._closing = False
+        self._copying_failed = ""
         self._offload = Offload()
         self._copying = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-kv-spill", daemon=True)
@@ -63,9 +65,9 @@ class Tiers:
             self._awake.set()
 
     def spill(self) -> bool:
-        """Copies out what is due next; False if nothing was."""
+        """Copies out what is due next; False if nothing was, or no tier would take it."""
         with self._copying:
-            spill = self._store.next_spill()
+            spill = self._store.next_spill() if self._chain.on else None
             if spill is None:
                 return False
             np.copyto(self._staging, self._store.memory[spill.block])
@@ -106,7 +108,8 @@ class Tiers:
 
     def stats(self) -> tuple[TierStats, ...]:
         """From the top."""
-        return tuple(tier.stats() for tier in self._chain.tiers)
+        found = tuple(tier.stats() for tier in self._chain.tiers)
+        return tuple(replace(stats, off=stats.off or self._copying_failed) for stats in found)
 
     def check_integrity(self) -> None:
         """Proves the tiers' books, and that the store knows of what is in them.
@@ -134,8 +137,9 @@ class Tiers:
             try:
                 while not self._closing and self.spill():
                     pass
-            except Exception:
+            except Exception as error:
                 log.exception("copying KV blocks to their tiers failed; nothing is copied any more")
+                self._copying_failed = f"nothing is copied to it any more: {type(error).__name__}"
                 return
             self._awake.wait()
 

@@ -288,6 +288,34 @@ def test_a_disk_that_fails_takes_its_keys_with_it_and_the_rest_goes_on(store, tm
     tiers.close()
 
 
+def test_nothing_is_copied_for_tiers_that_are_all_off(store, tmp_path, monkeypatch):
+    tiers = with_both(store, 4, 40, tmp_path)
+    host, disk = tiers._chain.tiers
+    cache(store, KEYS[:8])
+    host._fail(OSError(5, "Input/output error"))
+    assert spill(tiers) == 8, "the disk takes them"
+    disk._fail(OSError(5, "Input/output error"))
+    cache(store, KEYS[8:16])
+    monkeypatch.setattr(store, "unchanged", None)  # would be asked after a copy
+    assert spill(tiers) == 0
+    tiers.close()
+
+
+def test_copying_that_died_is_in_the_statistics(store, caplog):
+    tiers = with_host(store, 32)
+
+    def broken(label, data):
+        raise KeyError("a mistake in the books")
+
+    tiers._chain.put = broken
+    cache(store, KEYS[:2])
+    tiers.start()
+    tiers._thread.join(30)
+    assert store.stats().tiers[0].off == "nothing is copied to it any more: KeyError"
+    assert "nothing is copied any more" in caplog.text
+    tiers.close()
+
+
 def test_blocks_on_disk_are_announced_after_a_start(tmp_path):
     for round_ in range(2):
         store = store_of(8)
