@@ -75,7 +75,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         try:
             wanted, opened = self._open(request, context)
-            async with self._store.restored(wanted.lease_id, wanted.keys):
+            async with self._store.restored(wanted.lease_id, wanted.keys, wanted.tenant):
                 watch = self._store.watch(
                     wanted.lease_id,
                     wanted.keys,

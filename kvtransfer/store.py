@@ -419,12 +419,15 @@ class KvStore:
         with self._lock:
             return sum(1 for _ in takewhile(self._in_tier, keys))
 
-    def hold_for_restore(self, lease_id: str, keys: Sequence[bytes]) -> dict[bytes, int | None]:
+    def hold_for_restore(
+        self, lease_id: str, keys: Sequence[bytes], tenant: str
+    ) -> dict[bytes, int | None]:
         """Prepares for a fetch of `keys` that has no lease yet: each key's block, None if it lacks.
 
         Takes one reference on each block. Those lacking are to be brought back from a tier. Empty,
         and nothing held, if nothing is to be brought back: because the lease is known, or all are
-        in the pool, or some are neither in the pool nor in a tier.
+        in the pool, or some are neither in the pool nor in a tier. Raises WrongTenantError, holding
+        nothing, if a block in the pool is not of `tenant`.
         """
         with self._lock:
             found = {key: self._pool.find(key) for key in keys}
@@ -432,13 +435,22 @@ class KvStore:
             known = self._leases.state(lease_id) is not LeaseState.UNKNOWN
             if known or not lacking or not all(map(self._in_tier, lacking)):
                 return {}
+            here = [block for block in found.values() if block is not None]
+            if any(self._tenants[block] != tenant for block in here):
+                raise WrongTenantError.of(lease_id)
             for key in found.keys() - set(lacking):
                 self._pool.match([key])
             return found
 
-    def restored(self, lease_id: str, keys: Sequence[bytes]) -> AbstractAsyncContextManager[None]:
-        """Within it, blocks of `keys` that only a tier has are in the pool: for watch()."""
-        return nullcontext() if self.tiers is None else self.tiers.restored(lease_id, keys)
+    def restored(
+        self, lease_id: str, keys: Sequence[bytes], tenant: str
+    ) -> AbstractAsyncContextManager[None]:
+        """Within it, blocks of `keys` that only a tier has are in the pool: for watch().
+
+        Entering it raises WrongTenantError, before anything is brought back, if a block is not of
+        `tenant`.
+        """
+        return nullcontext() if self.tiers is None else self.tiers.restored(lease_id, keys, tenant)
 
     # News and proofs
 

@@ -37,6 +37,11 @@ class Chain:
         self._tell([label.key])
         return held
 
+    def find(self, key: bytes) -> Label | None:
+        """The label of a key held."""
+        labels = (tier.find(key) for tier in self.tiers)
+        return next((label for label in labels if label is not None), None)
+
     def level(self, key: bytes) -> int | None:
         """The highest tier that has a key."""
         return next((i for i, t in enumerate(self.tiers) if t.find(key) is not None), None)

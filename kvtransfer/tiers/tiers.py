@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from kvtransfer.errors import OutOfBlocksError
+from kvtransfer.errors import OutOfBlocksError, WrongTenantError
 from kvtransfer.offload import INLINE_BYTES, Offload
 from kvtransfer.store import KvStore
 from kvtransfer.tiers.base import Tier, TierStats
@@ -85,16 +85,20 @@ class Tiers:
         return await self._offload.run(partial(self._fill, keys, blocks), INLINE_BYTES + 1)
 
     @asynccontextmanager
-    async def restored(self, lease_id: str, keys: Sequence[bytes]) -> AsyncIterator[None]:
+    async def restored(
+        self, lease_id: str, keys: Sequence[bytes], tenant: str
+    ) -> AsyncIterator[None]:
         """See KvStore.restored().
 
         Nothing is brought back that would take more than half of the blocks that can be had, and
         never more than all of them: then the pool is as it was.
         """
-        found = self._store.hold_for_restore(lease_id, keys)
+        found = self._store.hold_for_restore(lease_id, keys, tenant)
         lacking = [key for key, block in found.items() if block is None]
         held = [block for block in found.values() if block is not None]
         try:
+            if any(label.tenant != tenant for label in map(self._chain.find, lacking) if label):
+                raise WrongTenantError.of(lease_id)
             if lacking and len(lacking) <= self._store.available() // _SHARE_FOR_PEERS:
                 try:
                     blocks = self._store.allocate(len(lacking))

@@ -360,7 +360,7 @@ class Watched:
 
     async def fetch(self, lease, keys, *, held_only=True, tenant=""):
         """What the servicer does; the pieces announced."""
-        async with self.store.restored(lease, keys):
+        async with self.store.restored(lease, keys, tenant):
             watch = self.store.watch(
                 lease, keys, lambda: None, 5.0, held_only=held_only, tenant=tenant
             )
@@ -425,6 +425,11 @@ async def test_another_tenant_gets_nothing_from_a_tier(store):
     store.release(store.allocate(8))
     with pytest.raises(WrongTenantError):
         await Watched(store).fetch("a", KEYS[:2], tenant="mine")
+    cache(store, KEYS[:1], tenant="theirs")
+    with pytest.raises(WrongTenantError):
+        await Watched(store).fetch("a", KEYS[:2], tenant="mine")
+    stats = store.stats()
+    assert (stats.restored, stats.held, stats.tiers[0].hits) == (0, 0, 0), "not even read"
     assert await Watched(store).fetch("b", KEYS[:2], tenant="theirs")
     store.release_lease("b")
     assert store.stats().held == 0
