@@ -101,7 +101,10 @@ class Folder:
 
     def read(self, slot: int, into: Bytes) -> None:
         """By way of a buffer, see above."""
-        buffer = self._buffers.pop() if self._buffers else np.empty(self._block_bytes, np.uint8)
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:  # asking first whether there is one would be no answer: others take too
+            buffer = np.empty(self._block_bytes, np.uint8)
         self._patience.run(lambda: _read(self._data, buffer.data, slot * self._place_bytes))
         np.copyto(into, buffer)
         self._buffers.append(buffer)

@@ -50,6 +50,7 @@ class Tiers:
         self._copying_failed = ""
         self._offload = Offload()
         self._copying = threading.Lock()
+        self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-kv-spill", daemon=True)
         store.attach(self, SpillBooks(max(1, min(store.total_blocks, slots // _SHARE_IN_BOTH))))
         self._chain = Chain(tiers, store.set_tiers)
@@ -159,5 +160,6 @@ class Tiers:
             checksums = np.frombuffer(label.checksums, "<u8").tolist()
             store.pieces_verified(block, range(store.grid.count), checksums)
             store.commit(block)
-            self.restored_blocks += 1
+            with self._counting:
+                self.restored_blocks += 1
         return len(keys)

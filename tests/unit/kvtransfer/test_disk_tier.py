@@ -123,6 +123,19 @@ def test_the_space_is_taken_at_the_start(tmp_path):
     tier.close()
 
 
+def test_two_readers_and_one_buffer(filled):
+    """The other takes it after it was seen to be there."""
+
+    class TakenMeanwhile(list):
+        def __bool__(self):
+            return True
+
+    tier = reopened(filled)
+    tier._medium._buffers = TakenMeanwhile()
+    assert readable(tier) == set(KEYS[:4])
+    tier.close()
+
+
 def test_one_process_a_folder(filled):
     tier = reopened(filled)
     with pytest.raises(TierUnusableError, match="in use by process") as raised:

@@ -474,6 +474,24 @@ async def test_a_fetch_that_is_cancelled_while_blocks_come_back_leaks_none(store
     tiers.close()
 
 
+async def test_fills_side_by_side_are_all_counted(store):
+    tiers = with_host(store, 32)
+    cache(store, KEYS[:8])
+    spill(tiers)
+    store.release(store.allocate(8))
+    both, read = threading.Barrier(2, timeout=30), tiers._chain.read
+
+    def together(key, into):
+        both.wait()
+        return read(key, into)
+
+    tiers._chain.read = together
+    halves = bring_back(store, tiers, KEYS[:4]), bring_back(store, tiers, KEYS[4:8])
+    assert await asyncio.gather(*halves) == [4, 4]
+    assert store.stats().restored == 8
+    tiers.close()
+
+
 async def test_a_peer_fetches_from_a_tier(tmp_path):
     source, sink = store_of(8), store_of(8)
     tiers = open_tiers(source, "n", disk_bytes=2**20, folder=str(tmp_path))
