@@ -190,7 +190,7 @@ class UcxTransport:
             hello = protocol.pack_hello(protocol.Hello(place.nonce, worker.address))
             under_way.append(worker.send_message(endpoint, _bytes(hello), protocol.HELLO_TAG))
             async with asyncio.timeout(timeout):
-                await worker.finished(under_way)
+                await worker.finished(under_way, endpoint)
             for request in under_way:
                 request.check()
             _check_reply(reply)
@@ -252,11 +252,11 @@ class UcxReader:
         """`under_way` has at any time what is."""
         for batch in batches(reads, protocol.MAX_RANGES, protocol.MAX_BYTES):
             if len(under_way) == WINDOW:
-                await _arrived(connection.worker, under_way)
+                await _arrived(connection, under_way)
             under_way.append(_Asked())
             self._ask(connection, batch, under_way[-1])
         while under_way:
-            await _arrived(connection.worker, under_way)
+            await _arrived(connection, under_way)
 
     def _ask(self, connection: _Connection, batch: Sequence[Read], asked: _Asked) -> None:
         """Begins to receive the answer, and to send the request."""
@@ -269,13 +269,13 @@ class UcxReader:
         asked.requests.append(worker.send(endpoint, _bytes(request)))
 
 
-async def _arrived(worker: UcxWorker, under_way: list[_Asked]) -> None:
+async def _arrived(connection: _Connection, under_way: list[_Asked]) -> None:
     """Waits for the answer to the first of what was asked."""
     asked = under_way[0]
-    await worker.finished(asked.requests[:1])
+    await connection.worker.finished(asked.requests[:1], connection.endpoint)
     asked.requests[0].check()
     _check_reply(asked.reply)
-    await worker.finished(asked.requests)
+    await connection.worker.finished(asked.requests, connection.endpoint)
     for request in asked.requests:
         request.check()
     del under_way[0]

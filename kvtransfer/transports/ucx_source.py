@@ -88,10 +88,10 @@ class UcxSource:
         under_way[:] = [self._worker.send(endpoint, welcome)]
         raw = np.zeros(protocol.REQUEST_BYTES, np.uint8)
         while True:
-            await self._sent(under_way)
+            await self._sent(endpoint, under_way)
             under_way[:] = [self._worker.receive(endpoint, raw)]
             async with asyncio.timeout(self._idle_seconds):
-                await self._worker.finished(under_way)
+                await self._worker.finished(under_way, endpoint)
             under_way[0].check()
             ranges = protocol.unpack_request(raw.tobytes(), self._data.nbytes)
             under_way[:] = [self._worker.send(endpoint, welcome)]
@@ -101,15 +101,15 @@ class UcxSource:
 
     async def _refuse(self, endpoint: Any, under_way: list[UcxRequest], why: str) -> None:
         under_way[:] = [self._worker.send(endpoint, _bytes(protocol.pack_reply(why)))]
-        await self._sent(under_way)
+        await self._sent(endpoint, under_way)
         # An endpoint that is closed drops what it has not sent; the sink goes when it has read it.
         under_way[:] = [self._worker.receive(endpoint, np.zeros(1, np.uint8))]
         async with asyncio.timeout(LINGER_SECONDS):
-            await self._worker.finished(under_way)
+            await self._worker.finished(under_way, endpoint)
 
-    async def _sent(self, under_way: list[UcxRequest]) -> None:
+    async def _sent(self, endpoint: Any, under_way: list[UcxRequest]) -> None:
         async with asyncio.timeout(STALL_SECONDS):
-            await self._worker.finished(under_way)
+            await self._worker.finished(under_way, endpoint)
         for request in under_way:
             request.check()
 

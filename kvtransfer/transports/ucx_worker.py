@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,14 +26,10 @@ from kvtransfer.errors import TransportError
 from kvtransfer.offload import outlast
 
 PACKAGES = ("ucxx-cu12", "ucxx-cu13")
-log = logging.getLogger(__name__)
-
 TURN_SECONDS = 0.5e-3
 HEARTBEAT_SECONDS = 0.5
 """It is moved on so often even if its descriptor is silent, as UCX loses an event at times."""
 GRACE_SECONDS = 0.5
-END_SECONDS = 5.0
-"""Nothing of a closed connection takes longer to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +81,7 @@ class UcxRequest:
 @dataclass(slots=True, eq=False)
 class _Waiting:
     requests: list[UcxRequest]
+    endpoint: Any | None
     ended: asyncio.Future[None]
 
 
@@ -124,12 +120,14 @@ class UcxWorker:
 
     def send(self, endpoint: Any, data: NDArray[np.uint8]) -> UcxRequest:
         """Begins to, in the endpoint's stream. Raises `error`."""
+        endpoint.raise_on_error()  # What is begun after the end never ends.
         request = endpoint.stream_send(self._array(data))
         self._soon()
         return UcxRequest(data, request)
 
     def receive(self, endpoint: Any, into: NDArray[np.uint8]) -> UcxRequest:
         """Begins to fill it from the endpoint's stream. Raises `error`."""
+        endpoint.raise_on_error()
         request = endpoint.stream_recv(self._array(into))
         self._soon()
         return UcxRequest(into, request)
@@ -146,9 +144,12 @@ class UcxWorker:
         self._soon()
         return UcxRequest(into, request)
 
-    async def finished(self, requests: Sequence[UcxRequest]) -> None:
-        """Waits until all are over. Raises TransportError if the worker is closed."""
-        waiting = _Waiting(list(requests), self._loop.create_future())
+    async def finished(self, requests: Sequence[UcxRequest], endpoint: Any | None = None) -> None:
+        """Waits until all are over.
+
+        Raises TransportError if `endpoint` breaks before, or the worker is closed.
+        """
+        waiting = _Waiting(list(requests), endpoint, self._loop.create_future())
         self._waiting.append(waiting)
         self._soon()
         try:
@@ -168,25 +169,19 @@ class UcxWorker:
         self._soon()
 
     async def close_after(self, endpoint: Any, requests: Sequence[UcxRequest]) -> None:
-        """Closes an endpoint and the worker; returns when nothing is written to any more.
+        """Closes an endpoint and the worker; when this returns nothing is written to any more.
 
         Requests get GRACE_SECONDS to end by themselves, since ucxx never frees the worker of an
-        endpoint that was closed under them. A cancellation waits for it all.
+        endpoint that was closed under them. A cancellation waits for it.
         """
-        await self._over_within(GRACE_SECONDS, requests)
+        if endpoint.alive and not all(request.over for request in requests):
+            ending = self._loop.create_task(self.finished(requests, endpoint))
+            last_resort = self._loop.call_later(GRACE_SECONDS, ending.cancel)
+            await outlast(ending)
+            last_resort.cancel()
+        # What comes by a stream is put in place in _turn(), and after this there is none.
         self.end(endpoint, requests)
-        await self._over_within(END_SECONDS, self._lingering)
-        if self._lingering:
-            log.error("UCX did not end a closed connection within %g s", END_SECONDS)
         self.close()
-
-    async def _over_within(self, seconds: float, requests: Sequence[UcxRequest]) -> None:
-        if all(request.over for request in requests):
-            return
-        ending = self._loop.create_task(self.finished(requests))
-        last_resort = self._loop.call_later(seconds, ending.cancel)
-        await outlast(ending)
-        last_resort.cancel()
 
     def close(self) -> None:
         """Ends everything. Idempotent."""
@@ -236,5 +231,9 @@ class UcxWorker:
             requests = waiting.requests
             while requests and requests[-1].over:
                 requests.pop()
-            if not requests and not waiting.ended.done():
+            if waiting.ended.done():
+                continue
+            if not requests:
                 waiting.ended.set_result(None)
+            elif waiting.endpoint is not None and not waiting.endpoint.alive:
+                waiting.ended.set_exception(TransportError("the connection broke"))
