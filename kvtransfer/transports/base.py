@@ -99,9 +99,9 @@ class Transport(Protocol):
 def require_inside(reads: Sequence[Read], remote_bytes: int, local_bytes: int) -> None:
     """Raises TransportError if a read leaves one of the two segments."""
     for read in reads:
-        sizes = (read.remote + read.length, remote_bytes), (read.local + read.length, local_bytes)
-        negative = min(read.remote, read.local, read.length) < 0
-        if negative or any(end > size for end, size in sizes):
+        remote, local, length = read.remote, read.local, read.length
+        inside = remote + length <= remote_bytes and local + length <= local_bytes
+        if not inside or remote < 0 or local < 0 or length < 0:
             raise TransportError(
                 f"a read of {read.length} bytes from {read.remote} to {read.local} leaves memory "
                 f"of {remote_bytes} or {local_bytes} bytes"
