@@ -26,6 +26,8 @@ ADVICE = {
     "OUT_OF_BLOCKS": "Give the worker more KV memory: engine.kv_memory_mib or engine.kv_blocks.",
     "LEASE_LOST": "Nothing: the request is placed again. Raise kv.lease_seconds if it is frequent.",
     "BLOCKS_NOT_HELD": "Nothing: the sink computes or fetches the blocks elsewhere.",
+    "KV_TOO_MANY_FETCHES": "Add prefill workers, or blocks to their pools: so many fetches are "
+    "served at once that the source can't keep books of more.",
     "KV_WRONG_TENANT": "Nothing, if tenants are kept apart as they should be: the prompt is "
     "computed. Otherwise a worker passes the wrong tenant on.",
     "KV_REGION_DENIED": "Nothing: the prompt is computed, or the request placed again. To let "

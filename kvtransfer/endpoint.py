@@ -347,7 +347,7 @@ class KvEndpoint:
     async def _expire(self) -> None:
         """Leases are counted in seconds: a few looks in one's time are exact enough."""
         while True:
-            await asyncio.sleep(min(1.0, self._lease_seconds / 8))
+            await asyncio.sleep(min(1.0, max(0.02, self._lease_seconds / 8)))
             for lease_id in self._store.expire():
                 log.info("lease %s expired: its sink did not come for it", lease_id)
 

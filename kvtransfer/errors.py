@@ -91,6 +91,13 @@ class InvalidFetchError(KvError):
     code = "INVALID_ARGUMENT"
 
 
+class TooManyFetchesError(KvError):
+    """A source serves as many fetches as it can keep books of. The sink reports KV_SOURCE_LOST."""
+
+    reason = "KV_TOO_MANY_FETCHES"
+    code = "RESOURCE_EXHAUSTED"
+
+
 class LayoutMismatchError(KvError):
     """Bytes of one side mean nothing to the other."""
 

@@ -11,7 +11,12 @@ from typing import Any
 import grpc
 
 from kvtransfer import wire
-from kvtransfer.errors import InvalidFetchError, KvError, LayoutMismatchError
+from kvtransfer.errors import (
+    InvalidFetchError,
+    KvError,
+    LayoutMismatchError,
+    TooManyFetchesError,
+)
 from kvtransfer.negotiate import choose
 from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
@@ -22,6 +27,11 @@ from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 log = logging.getLogger(__name__)
 
 PIECES_PER_MESSAGE = 256
+
+SERVED_POOLS = 16
+SERVED_KEYS = 65_536
+"""Keys that all fetches being served may ask for together: so many times the pool, and this much at
+least. Each takes some 200 bytes while its fetch waits."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,6 +59,8 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         self._not_offered = not_offered
         self._lease_seconds = lease_seconds
         self._policy = policy
+        self._serving_keys = 0
+        self._most_keys = max(SERVED_KEYS, SERVED_POOLS * store.total_blocks)
 
     async def Describe(  # noqa: N802
         self, request: pb.DescribeRequest, context: _Context
@@ -69,11 +81,18 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         """Announces pieces as they become readable, until all were.
 
         Raises InvalidFetchError, RegionDeniedError, LayoutMismatchError, NoTransportError,
-        WrongTenantError, LeaseLostError, BlocksNotHeldError. When the deadline passes, gRPC
-        cancels it like any call.
+        TooManyFetchesError, WrongTenantError, LeaseLostError, BlocksNotHeldError. When the
+        deadline passes, gRPC cancels it like any call.
         """
         news, loop = asyncio.Event(), asyncio.get_running_loop()
+        count = len(request.keys)
         try:
+            if self._serving_keys + count > self._most_keys:
+                raise TooManyFetchesError(
+                    f"fetches of {self._serving_keys} blocks are being served; "
+                    f"{count} more would be over {self._most_keys}",
+                    limit=self._most_keys,
+                )
             wanted, opened = self._open(request, context)
             async with self._store.restored(wanted.lease_id, wanted.keys, wanted.tenant):
                 watch = self._store.watch(
@@ -87,6 +106,7 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
         except KvError:
             self.refused += 1
             raise
+        self._serving_keys += count
         try:
             yield opened
             while watch.remaining:
@@ -97,38 +117,32 @@ class KvTransferServicer(kvtransfer_pb2_grpc.KvTransferServiceServicer):
                 else:
                     await news.wait()
         finally:
+            self._serving_keys -= count
             self._store.unwatch(watch)
 
     async def Renew(  # noqa: N802
         self, request: pb.RenewRequest, context: _Context
     ) -> pb.RenewResponse:
         """Touches a lease."""
-        if not request.lease_id:
-            raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
-        return pb.RenewResponse(live=self._store.touch_lease(request.lease_id))
+        lease_id = wire.lease_id_from(request.lease_id)
+        return pb.RenewResponse(live=self._store.touch_lease(lease_id))
 
     async def Release(  # noqa: N802
         self, request: pb.ReleaseRequest, context: _Context
     ) -> pb.ReleaseResponse:
         """Ends a lease; any number of times."""
-        if not request.lease_id:
-            raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
-        return pb.ReleaseResponse(was_live=self._store.release_lease(request.lease_id))
+        lease_id = wire.lease_id_from(request.lease_id)
+        return pb.ReleaseResponse(was_live=self._store.release_lease(lease_id))
 
     def _open(
         self, request: pb.FetchRequest, context: _Context
     ) -> tuple[wire.Wanted, pb.FetchResponse]:
-        wanted = wire.wanted_from(request)
+        wanted = wire.wanted_from(request, self._store.total_blocks)
         # First: whoever may not have the blocks need not know what can be had.
         self._policy.check(wanted.tenant, wanted.region)
         layout = self._store.layout
         if wanted.kv_layout != layout.fingerprint:
             raise LayoutMismatchError.between(layout.fields(), wanted.layout_fields)
-        if len(wanted.keys) > self._store.total_blocks:
-            raise InvalidFetchError(
-                f"keys: {len(wanted.keys)} are more than the blocks here",
-                field="keys",
-            )
         if context.time_remaining() is None:
             raise InvalidFetchError("a fetch needs a deadline", field="deadline")
         choice = choose(

@@ -26,6 +26,11 @@ from kvtransfer.pieces import Piece
 from kvtransfer.transports.base import Offer
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 
+NAME_BYTES = 512
+LAYOUT_FIELD_BYTES = 4096
+FEW = 32
+"""Offers, and fields of a layout, that a request may have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -143,13 +148,34 @@ def wanted_to(
     )
 
 
-def wanted_from(message: pb.FetchRequest) -> Wanted:
-    """What a sink asks for. Raises InvalidFetchError that names the field."""
-    keys = tuple(message.keys)
-    if not message.lease_id:
+def lease_id_from(lease_id: str) -> str:
+    """A lease's name. Raises InvalidFetchError if it is empty or too long to be remembered."""
+    if not lease_id:
         raise InvalidFetchError("lease_id: empty is not allowed", field="lease_id")
-    if not keys:
+    _short("lease_id", lease_id)
+    return lease_id
+
+
+def wanted_from(message: pb.FetchRequest, most_keys: int) -> Wanted:
+    """What a sink asks for. Raises InvalidFetchError that names the field."""
+    lease_id_from(message.lease_id)
+    # Before anything is made of them.
+    if not message.keys:
         raise InvalidFetchError("keys: none is not allowed; at least one is needed", field="keys")
+    if len(message.keys) > most_keys:
+        raise InvalidFetchError(
+            f"keys: {len(message.keys)} are more than the blocks here", field="keys"
+        )
+    for field in ("fetch_id", "kv_layout", "tenant", "region"):
+        _short(field, getattr(message, field))
+    for name, value in message.layout_fields.items():
+        _short("layout_fields", name)
+        _short("layout_fields", value, LAYOUT_FIELD_BYTES)
+    _require_few("layout_fields", len(message.layout_fields))
+    _require_few("offers", len(message.offers))
+    for offer in message.offers:
+        _short("offers", offer.name)
+    keys = tuple(message.keys)
     if any(len(key) != KEY_BYTES for key in keys):
         raise InvalidFetchError(f"keys: each must have {KEY_BYTES} bytes", field="keys")
     if len(set(keys)) != len(keys):
@@ -165,6 +191,16 @@ def wanted_from(message: pb.FetchRequest) -> Wanted:
         message.tenant,
         message.region,
     )
+
+
+def _short(field: str, value: str, most: int = NAME_BYTES) -> None:
+    if len(value) > most or len(value.encode()) > most:
+        raise InvalidFetchError(f"{field}: longer than {most} bytes is not allowed", field=field)
+
+
+def _require_few(field: str, count: int) -> None:
+    if count > FEW:
+        raise InvalidFetchError(f"{field}: {count} are more than {FEW}", field=field)
 
 
 def opened_to(agreement: Agreement) -> pb.FetchResponse:

@@ -17,6 +17,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "tandem"
+MESSAGE_BYTES = 2000
+METADATA_BYTES = 500
 
 
 @runtime_checkable
@@ -164,13 +166,12 @@ class CancelledError(TandemError):
 
 def to_proto(error: StatusError) -> status_pb2.Status:
     """The google.rpc.Status of an error, details included."""
-    details = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    ]
+    metadata = {name: _cut(value, METADATA_BYTES) for name, value in error.metadata.items()}
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     packed = []
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.metadata.get("field", ""), description=error.message
+            field=error.metadata.get("field", ""), description=_cut(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, RetryableError):
@@ -182,7 +183,16 @@ def to_proto(error: StatusError) -> status_pb2.Status:
         box.Pack(detail)
         packed.append(box)
     code = code_pb2.Code.Value(error.code)
-    return status_pb2.Status(code=code, message=error.message, details=packed)
+    return status_pb2.Status(code=code, message=_cut(error.message), details=packed)
+
+
+def _cut(text: str, most: int = MESSAGE_BYTES) -> str:
+    """What echoes a caller must not be so long that the answer is refused as a whole.
+
+    gRPC takes 16 KiB of an answer's headers, in which this stands three times.
+    """
+    raw = text.encode()
+    return text if len(raw) <= most else raw[:most].decode(errors="ignore") + "..."
 
 
 def to_status(error: StatusError) -> grpc.Status:

@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
+Patience = Annotated[float, Field(ge=0.1, le=86_400)]
+"""Seconds after which something is given up: no less than a busy machine may take, nor for ever."""
 Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
@@ -105,15 +107,15 @@ class KvSettings(_Section):
     )
     tcp_host: str = Field("", description="Address of the TCP data port; empty: server.host.")
     tcp_port: int = Field(0, ge=0, le=65535, description="TCP data port; 0 takes a free one.")
-    lease_seconds: Seconds = Field(
+    lease_seconds: Patience = Field(
         30.0, description="A source keeps leased blocks this long after it last heard of them."
     )
-    fetch_timeout_seconds: Seconds = Field(
+    fetch_timeout_seconds: Patience = Field(
         300.0,
         description="A fetch that takes longer has failed. It counts from the request's start, so "
         "it has to cover the prompt's time in the prefill queue.",
     )
-    stall_seconds: Seconds = Field(
+    stall_seconds: Patience = Field(
         15.0,
         description="A source that answers nothing, or takes longer for one read of at most 16 "
         "MiB, is given up.",

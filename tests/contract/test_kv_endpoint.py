@@ -12,6 +12,7 @@ import grpc
 import psutil
 import pytest
 
+from kvtransfer import wire
 from kvtransfer.errors import (
     CorruptBlockError,
     InvalidFetchError,
@@ -398,6 +399,13 @@ async def test_no_transport_in_common(name, source, make_sink):
         ({"keys": [b"a" * 16] * 2}, "keys"),
         ({"keys": [i.to_bytes(16, "big") for i in range(65)]}, "keys"),
         ({"lease_id": ""}, "lease_id"),
+        ({"lease_id": "é" * 300}, "lease_id"),
+        ({"fetch_id": "x" * 100_000}, "fetch_id"),
+        ({"tenant": "x" * 100_000}, "tenant"),
+        ({"region": "x" * 100_000}, "region"),
+        ({"layout_fields": {"model": "x" * 100_000}}, "layout_fields"),
+        ({"offers": [pb.TransportOffer(name="x" * 100_000)]}, "offers"),
+        ({"offers": [pb.TransportOffer(name="x")] * 10_000}, "offers"),
     ],
 )
 async def test_bad_requests_name_the_field(source, request_, field):
@@ -415,6 +423,50 @@ async def test_bad_requests_name_the_field(source, request_, field):
             await call.read()
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert raised.value.details().startswith(field)
+
+
+async def test_names_too_long_to_be_remembered_are_not(source):
+    long = "x" * 1_000_000
+    async with grpc.aio.insecure_channel(source.address) as channel:
+        stub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
+        for call in (
+            stub.Release(pb.ReleaseRequest(lease_id=long)),
+            stub.Renew(pb.RenewRequest(lease_id=long)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_fetches_that_wait_are_bounded(make_sink):
+    """Books of 65,536 blocks wanted are kept at most; when some go there is room again."""
+    source = RemoteSource(transports=["shm"], blocks=20_000)
+    sink = await make_sink()
+    fields = layout()
+    many = [i.to_bytes(16, "big") for i in range(20_000)]
+    try:
+        async with grpc.aio.insecure_channel(source.address) as channel:
+            stub = kvtransfer_pb2_grpc.KvTransferServiceStub(channel)
+            offers = [wire.offer_to(t.sink_offer()) for t in sink.endpoint._transports]
+            request = pb.FetchRequest(
+                lease_id="x",
+                kv_layout=fields.fingerprint,
+                layout_fields=fields.fields(),
+                keys=many,
+                offers=offers,
+            )
+            most = 16
+            calls = [stub.Fetch(request, timeout=30) for _ in range(most)]
+            for call in calls:
+                await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.Fetch(request, timeout=30).read()
+            assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            calls[0].cancel()
+            await source.do("settle", watches=most - 1)
+            assert (await stub.Fetch(request, timeout=30).read()).HasField("opened")
+    finally:
+        source.close()
 
 
 async def test_a_fetch_without_deadline_is_refused(source):

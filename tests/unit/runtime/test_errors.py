@@ -68,3 +68,13 @@ def test_every_status_can_be_built():
         status = errors.to_proto(error)
         assert status.code == code_pb2.Code.Value(kind.code)
         assert len(status.details) >= 1
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "\U0001f600"])
+def test_a_status_fits_the_headers_of_an_answer(letter):
+    """Whatever of the caller's is echoed in it: gRPC refuses more than 16 KiB as a whole."""
+    error = errors.InvalidRequestError("field", letter * 100_000, letter * 100_000)
+    error.metadata["more"] = letter * 100_000
+    status = errors.to_status(error)
+    size = sum(len(value) for _, value in status.trailing_metadata)
+    assert size + 3 * len(status.details.encode()) < 16_000
