@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kvtransfer.store import KvStore
@@ -12,7 +14,13 @@ from kvtransfer.tiers.tiers import Tiers
 
 
 def open_tiers(
-    store: KvStore, numerics: str, *, host_bytes: int = 0, disk_bytes: int = 0, folder: str = ""
+    store: KvStore,
+    numerics: str,
+    *,
+    host_bytes: int = 0,
+    disk_bytes: int = 0,
+    folder: str = "",
+    clock: Callable[[], float] = time.monotonic,
 ) -> Tiers | None:
     """Host memory over disk, each of so many bytes, 0 for none; not started. None if neither.
 
@@ -26,7 +34,7 @@ def open_tiers(
         tiers.append(host_tier(shape, host_bytes))
     if disk_bytes:
         tiers.append(disk_tier(shape, Path(folder), disk_bytes))
-    return Tiers(store, tiers) if tiers else None
+    return Tiers(store, tiers, clock=clock) if tiers else None
 
 
 def shape_of(store: KvStore, numerics: str) -> Shape:

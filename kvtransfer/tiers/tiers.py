@@ -11,7 +11,9 @@ when it is read.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -39,11 +41,18 @@ class Tiers:
     pool where they hold four times as much. `fill` and `restored` are for one event loop.
     """
 
-    def __init__(self, store: KvStore, tiers: Sequence[Tier]) -> None:
+    def __init__(
+        self,
+        store: KvStore,
+        tiers: Sequence[Tier],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         slots = sum(tier.slots for tier in tiers)
         self.restored_blocks = 0
         """Blocks that came back to the pool."""
         self._store = store
+        self._clock = clock
         self._staging = np.empty(store.block_bytes, np.uint8)
         self._awake = threading.Event()
         self._closing = False
@@ -76,14 +85,18 @@ class Tiers:
                 self._chain.put(spill.label, self._staging)
             return True
 
-    async def fill(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
+    async def fill(
+        self, keys: Sequence[bytes], blocks: Sequence[int], *, seconds: float = math.inf
+    ) -> int:
         """Fills held blocks, one for each key, from the tiers, and commits them.
 
         Returns how many, counted from the start, have their content now. Nothing is written into
-        the others then, nor after a cancel.
+        the others then, nor after a cancel. No block is begun once it has run for `seconds`, not
+        counting the wait for a thread: fills share these as prompts would share the engine.
         """
+        work = partial(self._fill, keys, blocks, seconds)
         # Even one block is too much for the event loop if it is on a disk.
-        return await self._offload.run(partial(self._fill, keys, blocks), INLINE_BYTES + 1)
+        return await self._offload.run(work, INLINE_BYTES + 1)
 
     @asynccontextmanager
     async def restored(
@@ -149,11 +162,17 @@ class Tiers:
             self._awake.wait()
 
     def _fill(
-        self, keys: Sequence[bytes], blocks: Sequence[int], stopping: Callable[[], bool]
+        self,
+        keys: Sequence[bytes],
+        blocks: Sequence[int],
+        seconds: float,
+        stopping: Callable[[], bool],
     ) -> int:
-        store = self._store
+        store, end = self._store, self._clock() + seconds
         for done, (key, block) in enumerate(zip(keys, blocks, strict=True)):
-            label = None if stopping() else self._chain.read(key, store.memory[block])
+            if stopping() or self._clock() >= end:
+                return done
+            label = self._chain.read(key, store.memory[block])
             if label is None:
                 return done
             store.begin(block, key, label.tenant)

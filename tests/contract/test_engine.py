@@ -754,6 +754,27 @@ async def test_a_damaged_block_in_a_tier_is_computed_again(new, tmp_path):
     await worker.settled()
 
 
+async def test_what_a_slow_tier_does_not_give_in_time_is_computed(new, tmp_path):
+    worker = await new(**tiered("host", tmp_path))
+    expected = await worker.generate("a", prompt(57), GREEDY)
+    await copied(worker, 8)
+    await worker.generate("other", prompt(60, 1), GREEDY)
+    tiers = worker.engine._store.tiers
+    late, read, clock = 0.0, tiers._chain.read, tiers._clock
+
+    def slow(key, into):
+        nonlocal late
+        late += 100.0 if late else 1e-9  # the second block takes that long
+        return read(key, into)
+
+    tiers._chain.read, tiers._clock = slow, lambda: clock() + late
+    assert await worker.generate("again", prompt(57), GREEDY) == expected
+    report = worker.outputs["again"][0].kv
+    # One was in the pool still.
+    assert (report.cached_tokens, report.computed_tokens) == (24, 33)
+    await worker.settled()
+
+
 async def test_pressure_and_tiers_change_no_token(new, tmp_path):
     """Many prompts, some alike, in a pool that holds two: evicted, preempted, brought back."""
     worker = await new(kv_blocks=14, kv={"host_tier_mib": 4}, max_running=6)

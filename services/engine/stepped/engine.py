@@ -46,6 +46,7 @@ from services.engine.api import (
 )
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
+from services.engine.stepped.prefix import tier_timeout
 from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.engine.stepped.step import Stepper, StepResult
@@ -360,10 +361,7 @@ class SteppedEngine:
 
         Raises the KvErrors that computing does not make up for.
         """
-        source, restored = fetch.source, 0
-        here = self._store.in_tiers(fetch.keys)
-        if here and self._store.tiers is not None:
-            restored = await self._store.tiers.fill(fetch.keys[:here], fetch.blocks[:here])
+        source, restored = fetch.source, await self._restore(fetch)
         rest = replace(fetch, keys=fetch.keys[restored:], blocks=fetch.blocks[restored:])
         if source is not None and rest.keys:
             stopped = await self._fetch_from(rest, source)
@@ -372,6 +370,22 @@ class SteppedEngine:
             self.kv.release(source.address, source.lease_id)
         serial = fetch.sequence.serial
         return FetchStopped(serial, arrived=restored, restored=restored, ended=self._clock())
+
+    async def _restore(self, fetch: Fetch) -> int:
+        """Fills the first blocks from the tiers; how many. Takes no longer than computing would."""
+        here = self._store.in_tiers(fetch.keys)
+        if not here or self._store.tiers is None:
+            return 0
+        rate = self._stepper.load.prefill_tokens_per_second
+        seconds = tier_timeout(here * self._store.layout.block_tokens, rate)
+        restored = await self._store.tiers.fill(
+            fetch.keys[:here], fetch.blocks[:here], seconds=seconds
+        )
+        if restored < here:
+            log.info(
+                "the tiers gave %d of %d blocks, with %.3f s to do so", restored, here, seconds
+            )
+        return restored
 
     async def _fetch_from(self, fetch: Fetch, source: KvSource) -> FetchStopped:
         """Moves the blocks; says what came of it. Raises as _fetch does."""
@@ -482,6 +496,7 @@ class SteppedEngine:
                 host_bytes=kv.host_tier_mib * MEBIBYTE,
                 disk_bytes=kv.disk_tier_mib * MEBIBYTE,
                 folder=kv.disk_tier_folder,
+                clock=self._clock,
             )
         except (TierUnusableError, ValueError) as error:
             raise SettingsError(f"kv.host_tier_mib, kv.disk_tier_mib: {error}") from error

@@ -1,4 +1,4 @@
-"""Whether a prompt's start is taken from a worker that holds it, or computed. Pure.
+"""Whether a prompt's start is taken from where it is held, or computed. Pure.
 
 Both ways are predicted: fetching by what fetches took (kvtransfer/bandwidth.py), computing by the
 prompt tokens that this engine computes a second. A fetch is given up when it has taken as long as
@@ -36,7 +36,7 @@ class Verdict:
     @property
     def timeout(self) -> float:
         """Seconds after which the fetch has lost its point."""
-        return max(LEAST_TIMEOUT_SECONDS, self.compute_seconds)
+        return _worth_waiting(self.compute_seconds)
 
     @property
     def words(self) -> str:
@@ -69,3 +69,15 @@ def judge(prefix: KvPrefix, tokens: int, estimate: Estimate, tokens_per_second: 
         compute_seconds=tokens / rate,
         basis=f"by {estimate.basis}; {rate:.0f} tokens/s {measured}",
     )
+
+
+def tier_timeout(tokens: int, tokens_per_second: float) -> float:
+    """Seconds after which bringing `tokens` tokens back from a tier has lost its point.
+
+    `tokens_per_second` as in judge().
+    """
+    return _worth_waiting(tokens / (tokens_per_second or ASSUMED_TOKENS_PER_SECOND))
+
+
+def _worth_waiting(compute_seconds: float) -> float:
+    return max(LEAST_TIMEOUT_SECONDS, compute_seconds)

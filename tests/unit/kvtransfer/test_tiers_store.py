@@ -474,6 +474,29 @@ async def test_a_fetch_that_is_cancelled_while_blocks_come_back_leaks_none(store
     tiers.close()
 
 
+async def test_a_fill_ends_when_its_time_is_over_and_keeps_what_it_has(store):
+    now = 0.0
+    shape = shape_of(store, "n")
+    tiers = Tiers(store, [host_tier(shape, 32 * LAYOUT.block_bytes)], clock=lambda: now)
+    cache(store, KEYS[:6])
+    spill(tiers)
+    blocks, read = store.allocate(8), tiers._chain.read
+
+    def slow(key, into):
+        nonlocal now
+        now += 1.0
+        return read(key, into)
+
+    tiers._chain.read = slow
+    assert await tiers.fill(KEYS[:6], blocks[:6], seconds=2.5) == 3
+    store.release(blocks)
+    found = store.match(KEYS[:6])
+    assert len(found) == 3
+    store.release(found)
+    store.check_integrity()
+    tiers.close()
+
+
 async def test_fills_side_by_side_are_all_counted(store):
     tiers = with_host(store, 32)
     cache(store, KEYS[:8])
