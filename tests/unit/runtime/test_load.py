@@ -84,9 +84,9 @@ def test_lists_from_toml(file):
         ("kv.transports", "carrier-pigeon", "a list (at least 1) of: shm, nixl, ucx, tcp"),
         ("kv.export_regions", "eu=us", "a list of texts"),
         ("kv.tenant_regions", "bank", "tenant=region+region"),
-        ("kv.lease_seconds", "0", "a number above 0"),
-        ("kv.lease_seconds", "inf", "a number above 0"),
-        ("kv.lease_seconds", "nan", "a number above 0"),
+        ("kv.lease_seconds", "0", "a number from 0.1 to 86400"),
+        ("kv.lease_seconds", "inf", "a number from 0.1 to 86400"),
+        ("kv.lease_seconds", "nan", "a number from 0.1 to 86400"),
     ],
 )
 @pytest.mark.parametrize("where", ["environment", "flag"])
