@@ -83,7 +83,7 @@ class Tier(Protocol):
     """
 
     name: str
-    slots: int
+    places: int
     """Blocks it has room for."""
 
     @property
@@ -121,7 +121,7 @@ class Tier(Protocol):
         """Now."""
 
     def check_integrity(self) -> None:
-        """Proves that every slot is free or has one key. Raises AssertionError."""
+        """Proves that every place is free or has one key. Raises AssertionError."""
 
     def close(self) -> None:
         """Ends it; no other call may be under way. Idempotent."""

@@ -1,7 +1,7 @@
 """The tier on a local disk: a folder that outlives the process, and may be torn by its end.
 
-A write first voids the slot's record, then writes the block, then the new record. So a process
-that is killed leaves a slot empty or whole. The system may lose power with anything in any order
+A write first voids the place's record, then writes the block, then the new record. So a process
+that is killed leaves a place empty or whole. The system may lose power with anything in any order
 on the disk; then the checksums in a record do not fit its block, and the block is dropped when it
 is read. Nothing is ever synced: a cache is not worth the wait.
 
@@ -25,7 +25,7 @@ from kvtransfer.tiers.base import Bytes, Label, Shape
 from kvtransfer.tiers.patience import Patience
 from kvtransfer.tiers.policy import Policy
 from kvtransfer.tiers.record import HEADER_BYTES, RecordFormat
-from kvtransfer.tiers.slots import SlotTier
+from kvtransfer.tiers.places import PlaceTier
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +37,16 @@ _THREADS = 3  # Reads for one engine and its peers, and a write.
 
 
 class Folder:
-    """Slots in a folder's files: see Medium and record.py. One process at a time has it."""
+    """Places in a folder's files: see Medium and record.py. One process at a time has it."""
 
     def __init__(self, folder: Path, capacity_bytes: int, shape: Shape) -> None:
         self._format = RecordFormat(shape)
         self._block_bytes = shape.block_bytes
         self._record_bytes, self._place_bytes = self._format.record_bytes, self._format.place_bytes
-        self.slot_bytes = self._record_bytes + self._place_bytes
-        self.slots = (capacity_bytes - HEADER_BYTES) // self.slot_bytes
-        if self.slots < 1:
-            raise ValueError(f"{capacity_bytes} bytes hold no block of {self.slot_bytes}")
+        self.bytes_per_place = self._record_bytes + self._place_bytes
+        self.places = (capacity_bytes - HEADER_BYTES) // self.bytes_per_place
+        if self.places < 1:
+            raise ValueError(f"{capacity_bytes} bytes hold no block of {self.bytes_per_place}")
         self._path = folder
         self._sequence = 0
         self._buffers: list[Bytes] = []
@@ -68,10 +68,10 @@ class Folder:
     def found(self) -> Iterable[tuple[int, Label]]:
         """What is whole, by its record; the data are not read before they are asked for."""
         whole, torn = [], 0
-        for slot, raw in self._records():
+        for place, raw in self._records():
             read = self._format.read(raw)
             if read is not None:
-                whole.append((*read, slot))
+                whole.append((*read, place))
             elif any(raw):
                 torn += 1
         whole.sort(key=lambda found: found[0])
@@ -79,39 +79,39 @@ class Folder:
             self._sequence = whole[-1][0]
         if whole or torn:
             log.info("%s has %d KV blocks, and %d torn records", self._path, len(whole), torn)
-        return [(slot, label) for _, label, slot in whole]
+        return [(place, label) for _, label, place in whole]
 
     def fits(self, label: Label) -> bool:
         """Whether a record has room for it."""
         return self._format.fits(label)
 
-    def write(self, slot: int, label: Label, data: Bytes) -> None:
+    def write(self, place: int, label: Label, data: Bytes) -> None:
         """Void, block, record: in this order."""
         self._sequence += 1
         record = self._format.record(self._sequence, label)
 
         def write() -> None:
-            self._void(slot)
-            _write(self._data, data.data, slot * self._place_bytes)
+            self._void(place)
+            _write(self._data, data.data, place * self._place_bytes)
             # If nobody waits any more `data` may be other data by now.
             if not self._patience.lost:
-                _write(self._index, record, self._record_at(slot))
+                _write(self._index, record, self._record_at(place))
 
         self._patience.run(write)
 
-    def read(self, slot: int, into: Bytes) -> None:
+    def read(self, place: int, into: Bytes) -> None:
         """By way of a buffer, see above."""
         try:
             buffer = self._buffers.pop()
         except IndexError:  # asking first whether there is one would be no answer: others take too
             buffer = np.empty(self._block_bytes, np.uint8)
-        self._patience.run(lambda: _read(self._data, buffer.data, slot * self._place_bytes))
+        self._patience.run(lambda: _read(self._data, buffer.data, place * self._place_bytes))
         np.copyto(into, buffer)
         self._buffers.append(buffer)
 
-    def erase(self, slot: int) -> None:
+    def erase(self, place: int) -> None:
         """Voids the record."""
-        self._patience.run(lambda: self._void(slot))
+        self._patience.run(lambda: self._void(place))
 
     def close(self) -> None:
         """Lets the folder go; not before the process ends if a system call never came back."""
@@ -127,14 +127,14 @@ class Folder:
             index.unlink(missing_ok=True)
             data.unlink(missing_ok=True)
         data_fd = _opened(data, opened)
-        _resize(data_fd, self.slots * self._place_bytes)
+        _resize(data_fd, self.places * self._place_bytes)
         if not index.exists():
             # Under another name until it has its header: a crash leaves none, or a whole one.
             young = self._path / "index.new"
             young.write_bytes(self._format.header())
             young.rename(index)
         index_fd = _opened(index, opened)
-        _resize(index_fd, self._record_at(self.slots))
+        _resize(index_fd, self._record_at(self.places))
         return index_fd, data_fd
 
     def _why_not(self, index: Path, data: Path) -> str:
@@ -145,25 +145,25 @@ class Folder:
         with index.open("rb") as file:
             return self._format.why_not(file.read(HEADER_BYTES))
 
-    def _void(self, slot: int) -> None:
-        _write(self._index, bytes(self._record_bytes), self._record_at(slot))
+    def _void(self, place: int) -> None:
+        _write(self._index, bytes(self._record_bytes), self._record_at(place))
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         size = self._record_bytes
-        for first in range(0, self.slots, _SCAN_RECORDS):
-            count = min(_SCAN_RECORDS, self.slots - first)
+        for first in range(0, self.places, _SCAN_RECORDS):
+            count = min(_SCAN_RECORDS, self.places - first)
             raw = bytearray(count * size)
             _read(self._index, memoryview(raw), self._record_at(first))
             for i in range(count):
                 yield first + i, bytes(raw[i * size : (i + 1) * size])
 
-    def _record_at(self, slot: int) -> int:
-        return HEADER_BYTES + slot * self._record_bytes
+    def _record_at(self, place: int) -> int:
+        return HEADER_BYTES + place * self._record_bytes
 
 
 def disk_tier(
     shape: Shape, folder: Path, capacity_bytes: int, policy: Policy | None = None
-) -> SlotTier:
+) -> PlaceTier:
     """A tier of as many blocks as `capacity_bytes` of files hold, with those that the folder has.
 
     Raises ValueError if that is none, TierUnusableError if the folder can't be used or another
@@ -171,7 +171,7 @@ def disk_tier(
     """
     medium = Folder(folder, capacity_bytes, shape)
     try:
-        return SlotTier("disk", shape, medium, policy)
+        return PlaceTier("disk", shape, medium, policy)
     except OSError as error:
         medium.close()
         raise TierUnusableError(

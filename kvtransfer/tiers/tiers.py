@@ -48,7 +48,7 @@ class Tiers:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        slots = sum(tier.slots for tier in tiers)
+        places = sum(tier.places for tier in tiers)
         self.restored_blocks = 0
         """Blocks that came back to the pool."""
         self._store = store
@@ -61,7 +61,7 @@ class Tiers:
         self._copying = threading.Lock()
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-kv-spill", daemon=True)
-        store.attach(self, SpillBooks(max(1, min(store.total_blocks, slots // _SHARE_IN_BOTH))))
+        store.attach(self, SpillBooks(max(1, min(store.total_blocks, places // _SHARE_IN_BOTH))))
         self._chain = Chain(tiers, store.set_tiers)
         self._stop_listening = store.on_change(self.nudge)
 

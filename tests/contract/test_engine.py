@@ -747,7 +747,7 @@ async def test_a_damaged_block_in_a_tier_is_computed_again(new, tmp_path):
     await copied(worker, 8)
     await worker.generate("other", prompt(60, 1), GREEDY)
     (tier,) = worker.engine._store.tiers._chain.tiers
-    tier._medium._data[tier._index[worker.keys(prompt(57))[3]].slot][5] ^= 8
+    tier._medium._data[tier._index[worker.keys(prompt(57))[3]].place][5] ^= 8
     assert await worker.generate("again", prompt(57), GREEDY) == expected
     assert worker.outputs["again"][0].kv.cached_tokens == 24
     assert tier.stats().corrupt == 1

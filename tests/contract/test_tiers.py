@@ -124,7 +124,7 @@ def test_match_counts_the_leading_ones(new):
 
 def test_capacity_is_kept_to(new, kind):
     tier = new(blocks=4)
-    assert tier.slots == 4
+    assert tier.places == 4
     for key in KEYS:
         put(tier, key)
         stats = tier.stats()

@@ -13,7 +13,7 @@ from kvtransfer.tiers.base import Label, Shape
 from kvtransfer.tiers.disk import disk_tier
 
 SHAPE = Shape("crash", (200_000, 200_000, 112_345))
-SLOTS = 8
+PLACES = 8
 KEYS = [bytes([i]) * 16 for i in range(24)]
 
 
@@ -22,7 +22,7 @@ def data_of(key: bytes) -> np.ndarray:
 
 
 def open_tier(folder: Path):
-    return disk_tier(SHAPE, folder, 4096 + SLOTS * (512 + 516_096))
+    return disk_tier(SHAPE, folder, 4096 + PLACES * (512 + 516_096))
 
 
 def main() -> None:

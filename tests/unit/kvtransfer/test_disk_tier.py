@@ -441,6 +441,6 @@ def test_killed_while_writing(tmp_path):
         held = len(tier.keys())
         assert len(readable(tier, data)) == held
         assert held, "killed or forgotten are a few, not all"
-        # A killed process leaves a slot empty or whole.
+        # A killed process leaves a place empty or whole.
         assert tier.stats().corrupt == 0
         tier.close()

@@ -43,8 +43,8 @@ def store_of(blocks: int) -> KvStore:
     return KvStore(LAYOUT, blocks, layers_per_piece=2, scratch_bytes=4096)
 
 
-def with_host(store: KvStore, slots: int) -> Tiers:
-    return open_tiers(store, "n", host_bytes=slots * LAYOUT.block_bytes)
+def with_host(store: KvStore, places: int) -> Tiers:
+    return open_tiers(store, "n", host_bytes=places * LAYOUT.block_bytes)
 
 
 def with_both(store: KvStore, host: int, disk: int, folder) -> Tiers:
@@ -550,10 +550,10 @@ async def test_a_peer_fetches_from_a_tier(tmp_path):
 class Machine(RuleBasedStateMachine):
     """An engine, the copying, restores and a failing medium in any order."""
 
-    @initialize(pool=st.integers(2, 6), slots=st.sampled_from([1, 2, 4, 8, 24]))
-    def begin(self, pool, slots):
+    @initialize(pool=st.integers(2, 6), places=st.sampled_from([1, 2, 4, 8, 24]))
+    def begin(self, pool, places):
         self.store = store_of(pool)
-        self.tiers = with_host(self.store, slots)
+        self.tiers = with_host(self.store, places)
         self.mine: list[int] = []
         self.announced: set[bytes] = set()
         self.loop = asyncio.new_event_loop()
@@ -636,7 +636,7 @@ class Machine(RuleBasedStateMachine):
     def corrupt(self, key, at):
         tier = self.tiers._chain.tiers[0]
         if tier.find(key) is not None:
-            tier._medium._data[tier._index[key].slot][at] ^= 1
+            tier._medium._data[tier._index[key].place][at] ^= 1
 
     @rule()
     def listen(self):

@@ -1,4 +1,4 @@
-"""A tier over any medium of equal slots: index, eviction, verification, failures."""
+"""A tier over any medium of equal places: index, eviction, verification, failures."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ log = logging.getLogger(__name__)
 
 
 class Medium(Protocol):
-    """Numbered slots of a block each. Every call may raise OSError.
+    """Numbered places of a block each. Every call may raise OSError.
 
-    One thread writes or erases at a time; reads may run beside it, even of the same slot, and
+    One thread writes or erases at a time; reads may run beside it, even of the same place, and
     then give anything: the reader verifies.
     """
 
-    slots: int
-    slot_bytes: int
-    """What a slot takes of the capacity."""
+    places: int
+    bytes_per_place: int
+    """What a place takes of the capacity, in all."""
 
     def found(self) -> Iterable[tuple[int, Label]]:
-        """Slots and labels of what is in it at the start, oldest first."""
+        """Places and labels of what is in it at the start, oldest first."""
 
     def fits(self, label: Label) -> bool:
         """Whether it can be written at all."""
 
-    def write(self, slot: int, label: Label, data: Bytes) -> None:
-        """Replaces what is in a slot."""
+    def write(self, place: int, label: Label, data: Bytes) -> None:
+        """Replaces what is in a place."""
 
-    def read(self, slot: int, into: Bytes) -> None:
-        """The bytes last written to a slot."""
+    def read(self, place: int, into: Bytes) -> None:
+        """The bytes last written to a place."""
 
-    def erase(self, slot: int) -> None:
-        """What is in the slot shall not be found again."""
+    def erase(self, place: int) -> None:
+        """What is in the place shall not be found again."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -49,9 +49,9 @@ class Medium(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
-    """One block in one slot; a later one of the same key is another entry."""
+    """One block in one place; a later one of the same key is another entry."""
 
-    slot: int
+    place: int
     label: Label
 
 
@@ -65,10 +65,10 @@ class _Counts:
     errors: int = 0
 
 
-class SlotTier:
+class PlaceTier:
     """See Tier. The index is in memory; `_lock` guards it, and nothing slow runs under it.
 
-    A read takes no lock while it copies, and may so find its slot given to another block. It
+    A read takes no lock while it copies, and may so find its place given to another block. It
     knows by the checksums, and by its entry not being in the index any more.
     """
 
@@ -76,7 +76,7 @@ class SlotTier:
         self, name: str, shape: Shape, medium: Medium, policy: Policy | None = None
     ) -> None:
         self.name = name
-        self.slots = medium.slots
+        self.places = medium.places
         self._shape = shape
         self._medium = medium
         self._policy = policy if policy is not None else LeastRecentlyUsed()
@@ -89,13 +89,13 @@ class SlotTier:
         self._off = ""
         self._left: Left = lambda _keys: None
         self._scratch: Bytes | None = None
-        for slot, label in medium.found():
+        for place, label in medium.found():
             if label.key in self._index:  # a newer one
                 self._policy.removed(label.key)
-            self._index[label.key] = _Entry(slot, label)
+            self._index[label.key] = _Entry(place, label)
             self._policy.added(label.key)
-        used = {entry.slot for entry in self._index.values()}
-        self._free = [slot for slot in reversed(range(medium.slots)) if slot not in used]
+        used = {entry.place for entry in self._index.values()}
+        self._free = [place for place in reversed(range(medium.places)) if place not in used]
 
     @property
     def on(self) -> bool:
@@ -121,16 +121,16 @@ class SlotTier:
             with self._lock:
                 if self._off:  # reading the victim failed
                     return False
-                slot = self._free.pop()
+                place = self._free.pop()
             try:
-                self._medium.write(slot, label, data)
+                self._medium.write(place, label, data)
             except OSError as error:
                 self._fail(error)
                 return False
             with self._lock:
                 if self._off:
                     return False
-                self._index[label.key] = _Entry(slot, label)
+                self._index[label.key] = _Entry(place, label)
                 self._policy.added(label.key)
                 self._counts.stored += 1
         return True
@@ -174,10 +174,10 @@ class SlotTier:
     def stats(self) -> TierStats:
         """Now."""
         with self._lock:
-            counts, size = self._counts, self._medium.slot_bytes
+            counts, size = self._counts, self._medium.bytes_per_place
             return TierStats(
                 name=self.name,
-                capacity_bytes=self.slots * size,
+                capacity_bytes=self.places * size,
                 used_bytes=len(self._index) * size,
                 blocks=len(self._index),
                 stored=counts.stored,
@@ -190,11 +190,11 @@ class SlotTier:
             )
 
     def check_integrity(self) -> None:
-        """Proves that every slot is free or has one key."""
+        """Proves that every place is free or has one key."""
         with self._writing, self._lock:
-            used = [entry.slot for entry in self._index.values()]
-            assert self._off or sorted(used + self._free) == list(range(self.slots)), (
-                f"{self.name} tier: {len(used)} used + {len(self._free)} free != {self.slots}"
+            used = [entry.place for entry in self._index.values()]
+            assert self._off or sorted(used + self._free) == list(range(self.places)), (
+                f"{self.name} tier: {len(used)} used + {len(self._free)} free != {self.places}"
             )
             assert len(self._policy) == len(self._index), f"{self.name} tier: policy and index"
             for key, entry in self._index.items():
@@ -208,7 +208,7 @@ class SlotTier:
     def _load(self, entry: _Entry, into: Bytes) -> bool:
         """Reads and verifies; a block that is wrong, and not just gone meanwhile, is dropped."""
         try:
-            self._medium.read(entry.slot, into)
+            self._medium.read(entry.place, into)
         except OSError as error:
             self._fail(error)
             return False
@@ -221,7 +221,7 @@ class SlotTier:
         return False
 
     def _evict(self, victim: _Entry, evicting: Evicting | None) -> None:
-        """Frees a slot. Whoever looks for the victim meanwhile finds it here or where it went."""
+        """Frees a place. Whoever looks for the victim meanwhile finds it here or where it went."""
         if evicting is not None:
             if self._scratch is None:
                 self._scratch = np.empty(self._shape.block_bytes, np.uint8)
@@ -229,9 +229,9 @@ class SlotTier:
                 evicting(victim.label, self._scratch)
         with self._lock:
             if self._index.get(victim.label.key) is not victim:
-                return  # found corrupt, or forgotten, and its slot is free already
+                return  # found corrupt, or forgotten, and its place is free already
             self._remove(victim)
-            self._free.append(victim.slot)
+            self._free.append(victim.place)
             self._counts.evicted += 1
         self._left([victim.label.key])
 
@@ -243,11 +243,11 @@ class SlotTier:
                     return False
                 self._remove(entry)
             try:
-                self._medium.erase(entry.slot)
+                self._medium.erase(entry.place)
             except OSError as error:
                 self._fail(error)
             with self._lock:
-                self._free.append(entry.slot)
+                self._free.append(entry.place)
         self._left([entry.label.key])
         return True
 
