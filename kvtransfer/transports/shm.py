@@ -32,12 +32,12 @@ from kvtransfer.offload import Offload
 from kvtransfer.transports.base import Offer, Read, require_inside
 
 IDLE_SECONDS = 30.0
-CHUNK_BYTES = 2**20
-"""Copied in one go, in about 0.1 ms: after each the event loop has its turn, or a copy in a thread
-asks whether it may stop."""
-LOOP_BYTES = 16 * 2**20
-"""More goes to a thread. Handing it over takes as long as copying 1 MiB does, and a thread on
-another core begins with cold caches."""
+TURN_BYTES = 2 * 2**20
+"""Copied in one go on the event loop, in about 0.2 ms, before others have their turn."""
+LOOP_BYTES = 8 * 2**20
+"""More goes to a thread: handing it over takes as long as copying 1 MiB does."""
+THREAD_BYTES = 16 * 2**20
+"""Copied in one go in a thread, in 1 to 2 ms, before it asks whether it may stop."""
 
 
 def host_identity() -> str:
@@ -165,8 +165,8 @@ class ShmReader:
             raise TransportError("the reader is closed")
         require_inside(reads, self._remote.nbytes, self._local.nbytes)
         size = sum(read.length for read in reads)
-        copies = self._copies(reads)
-        if size <= CHUNK_BYTES:
+        copies = self._copies(reads, TURN_BYTES if size <= LOOP_BYTES else THREAD_BYTES)
+        if size <= TURN_BYTES:
             _exhaust(copies, _go_on)
             return
         try:
@@ -185,17 +185,17 @@ class ShmReader:
             self._leave()
             self._leave = None
 
-    def _copies(self, reads: Sequence[Read]) -> Iterator[None]:
-        """Copies as it is iterated: CHUNK_BYTES and up to as much again at each step."""
+    def _copies(self, reads: Sequence[Read], step: int) -> Iterator[None]:
+        """Copies as it is iterated: `step` bytes and up to as many again each time."""
         local, remote, copied = self._local, self._remote, 0
         for read in reads:
             source, destination, left = read.remote, read.local, read.length
             while left:
-                size = min(CHUNK_BYTES, left)
+                size = min(step, left)
                 local[destination : destination + size] = remote[source : source + size]
                 source, destination, left = source + size, destination + size, left - size
                 copied += size
-                if copied >= CHUNK_BYTES:
+                if copied >= step:
                     copied = 0
                     yield
 
