@@ -62,13 +62,18 @@ class UcxSource:
     async def _serve(self, hello: protocol.Hello) -> None:
         """One connection until it ends, in whatever way."""
         under_way: list[UcxRequest] = []
+        # Before anything else, and without an answer: UCX ends a process that gives it an address
+        # that is none, so only those are looked at who may have everything else.
+        if not hmac.compare_digest(hello.nonce, self._nonce):
+            log.warning("a KV sink was not answered: it has no ticket of this source")
+            return
         try:
             endpoint = self._worker.endpoint(hello.address)
         except self._worker.error as error:
             log.warning("a KV sink can't be reached: %s", error)
             return
         try:
-            await self._converse(endpoint, under_way, hello)
+            await self._converse(endpoint, under_way)
         except protocol.ProtocolError as error:
             log.warning("a KV sink was refused: %s", error)
             with contextlib.suppress(TimeoutError, TransportError, self._worker.error):
@@ -78,12 +83,8 @@ class UcxSource:
         finally:
             self._worker.end(endpoint, under_way)
 
-    async def _converse(
-        self, endpoint: Any, under_way: list[UcxRequest], hello: protocol.Hello
-    ) -> None:
+    async def _converse(self, endpoint: Any, under_way: list[UcxRequest]) -> None:
         """Answers requests. `under_way` has at any time what is."""
-        if not hmac.compare_digest(hello.nonce, self._nonce):
-            raise protocol.ProtocolError("not a ticket of this source")
         welcome = _bytes(protocol.pack_reply(""))
         under_way[:] = [self._worker.send(endpoint, welcome)]
         raw = np.zeros(protocol.REQUEST_BYTES, np.uint8)
