@@ -41,6 +41,8 @@ BUSY_SECONDS = 30e-6
 SETTLING_SECONDS = 0.2
 SETTLING_PAUSE = 2e-3
 """A connection that was given up is looked after so long, so often, to be closed in good order."""
+FORGOTTEN_SOURCES = 64
+"""UCX keeps a descriptor of each at both ends while the agent lives: then it gets a new one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +98,7 @@ class NixlReads:
         self._lost: set[bytes] = set()
         self._jobs: list[_Job] = []
         self._unsure = False
+        self._forgotten = 0
         self._settled_at = 0.0
 
     async def start(self) -> None:
@@ -166,6 +169,8 @@ class NixlReads:
             began = time.perf_counter()
             moved = self._look() or todo or time.perf_counter() - began > BUSY_SECONDS
             pause = SHORTEST_PAUSE if moved else min(1.5 * pause, LONGEST_PAUSE)
+            if self._forgotten >= FORGOTTEN_SOURCES and not self._jobs:
+                self._drop_agent()
 
     def _next(self, pause: float) -> _Todo | None:
         """What is to be done; None after a pause in which nothing came."""
@@ -250,6 +255,7 @@ class NixlReads:
         if name is not None and self._agent is not None:
             with contextlib.suppress(NixlError):
                 self._agent.forget(name)
+            self._forgotten += 1
             self._settled_at = time.monotonic() + SETTLING_SECONDS
 
     def _replace(self) -> None:
@@ -273,6 +279,7 @@ class NixlReads:
         self._names.clear()
         self._lost.clear()
         self._unsure = False
+        self._forgotten = 0
         if agent is None:
             return
         for job in self._jobs:

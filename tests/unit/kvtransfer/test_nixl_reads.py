@@ -8,7 +8,7 @@ import pytest
 
 from kvtransfer.transports.descriptors import Descriptors
 from kvtransfer.transports.nixl_agent import NixlError, NixlLostError, NixlUnsureError
-from kvtransfer.transports.nixl_reads import NixlReads
+from kvtransfer.transports.nixl_reads import FORGOTTEN_SOURCES, NixlReads
 
 TABLE = np.array([[4096, 10, 0]], np.uint64)
 WORK = [Descriptors("DRAM", "DRAM", TABLE, TABLE)]
@@ -210,6 +210,22 @@ async def test_forgetting_waits_for_nobody_and_harms_nobody(rig):
     rig.reads.forget(b"a")
     await rig.reads.read(b"b", WORK, 5)
     assert set(rig.agents[0].loaded.values()) == {b"b"}
+
+
+async def test_an_agent_that_forgot_many_sources_is_renewed_when_nothing_is_read(rig):
+    rig.behaviour[b"kept"] = HANG
+    reading = asyncio.create_task(rig.reads.read(b"kept", WORK, 5))
+    for i in range(FORGOTTEN_SOURCES):
+        source = f"source {i}".encode()
+        await rig.reads.read(source, WORK, 5)
+        rig.reads.forget(source)
+    await rig.reads.read(b"another", WORK, 5)
+    assert len(rig.agents) == 1
+    rig.behaviour[b"kept"] = DONE
+    await reading
+    await rig.reads.read(b"another", WORK, 5)
+    assert len(rig.agents) == 2
+    assert rig.reads.replaced == 0
 
 
 async def test_closing_ends_what_is_under_way(rig):
