@@ -23,9 +23,9 @@ import numpy as np
 from kvtransfer.errors import TierUnusableError
 from kvtransfer.tiers.base import Bytes, Label, Shape
 from kvtransfer.tiers.patience import Patience
+from kvtransfer.tiers.places import PlaceTier
 from kvtransfer.tiers.policy import Policy
 from kvtransfer.tiers.record import HEADER_BYTES, RecordFormat
-from kvtransfer.tiers.places import PlaceTier
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from kvtransfer.tiers.base import Bytes, Label, Shape
-from kvtransfer.tiers.policy import Policy
 from kvtransfer.tiers.places import PlaceTier
+from kvtransfer.tiers.policy import Policy
 
 
 class Memory:
