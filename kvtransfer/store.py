@@ -215,9 +215,10 @@ class KvStore:
         with self._lock:
             if self._ready[block] != self.grid.all:
                 raise ValueError(f"block {block} is not complete")
-            entered = self._pool.commit(block)
             key = self._pool.key(block)
-            if entered and key is not None and not self._in_tier(key):
+            known = key is not None and self._announced(key)
+            entered = self._pool.commit(block)
+            if entered and key is not None and not known:
                 self._log.note([key], stored=True)
         if entered:
             self._changed()
@@ -409,9 +410,11 @@ class KvStore:
             }
             self._books.set_levels(levels, blocks)
             after = {key: self._announced(key) for key in levels}
+            pushed_out = [k for k in self._books.take_unannounced() if k not in levels]
             self._log.note([k for k in levels if after[k] > before[k]], stored=True)
             self._log.note([k for k in levels if after[k] < before[k]], stored=False)
-        if after != before:
+            self._log.note(pushed_out, stored=False)
+        if after != before or pushed_out:
             self._changed()
 
     def in_tiers(self, keys: Sequence[bytes]) -> int:
@@ -455,15 +458,16 @@ class KvStore:
     # News and proofs
 
     def events(self) -> StoreEvents:
-        """Changes since the last call of the keys that the pool or a tier has. For one consumer.
+        """Changes since the last call of the keys announced. For one consumer.
 
-        They are net changes; the first answer is a snapshot.
+        These are the pool's, and the latest of those that only a tier has. They are net changes;
+        the first answer is a snapshot.
         """
         with self._lock:
             return self._log.drain(self._keys)
 
     def snapshot(self) -> StoreEvents:
-        """All keys that the pool or a tier has; events() then goes on from here."""
+        """All keys announced; events() then goes on from here."""
         with self._lock:
             self._log.restart()
             return self._log.drain(self._keys)
@@ -528,15 +532,17 @@ class KvStore:
         return self._books is not None and key in self._books
 
     def _announced(self, key: bytes) -> bool:
-        return self._pool.find(key) is not None or self._in_tier(key)
+        tiered = self._books is not None and key in self._books.announced
+        return tiered or self._pool.find(key) is not None
 
     def _keys(self) -> Iterable[bytes]:
-        tiered = () if self._books is None else self._books.keys()
-        return {**dict.fromkeys(self._pool.keys()), **dict.fromkeys(tiered)}
+        return [*self._pool.keys(), *(() if self._books is None else self._books.announced)]
 
     def _note_removed(self, keys: Iterable[bytes]) -> None:
-        """Keys left the pool's index."""
-        self._log.note([k for k in keys if not self._in_tier(k)], stored=False)
+        """Keys left the pool's index, and may have pushed others out of what is announced."""
+        if self._books is not None:
+            keys = dict.fromkeys((*keys, *self._books.take_unannounced()))
+        self._log.note([k for k in keys if not self._announced(k)], stored=False)
 
     def _require_held(self, lease_id: str, keys: Sequence[bytes]) -> None:
         lease = self._leases.live(lease_id)
@@ -544,9 +550,10 @@ class KvStore:
         if all(k in held or self._pool.find(k) is not None for k in keys):
             return
         # What a tier has counts: if no more than that is asked for, it is brought back.
-        here = list(takewhile(lambda k: k in held or self._announced(k), keys))
+        pooled = held.keys() | {k for k in keys if self._pool.find(k) is not None}
+        here = list(takewhile(lambda k: k in pooled or self._in_tier(k), keys))
         if len(here) == len(keys):  # There was no room to bring them back, or it failed.
-            here = list(takewhile(lambda k: k in held or self._pool.find(k) is not None, keys))
+            here = list(takewhile(pooled.__contains__, keys))
         raise BlocksNotHeldError(
             f"{len(keys) - len(here)} of the {len(keys)} blocks asked for are not held",
             lease_id=lease_id,

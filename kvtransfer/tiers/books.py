@@ -7,12 +7,15 @@ where so much is held that fewer than `ahead` are available, held blocks too, ol
 those are taken again as soon as they are let go.
 
 `ahead` is bounded by what the tiers hold: what is in both pool and tier is in the tier for nothing.
+
+Of the keys that only a tier has the latest are announced, those that left the pool last: a disk may
+have more keys than a coordinator can keep of every worker.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 TOP = 0
 
@@ -26,13 +29,16 @@ class SpillBooks:
     each of these is colder than all of `_cold`. `_saved` is what of the held blocks is in the tier.
     """
 
-    def __init__(self, ahead: int) -> None:
+    def __init__(self, ahead: int, announced: int) -> None:
         if ahead < 1:
             raise ValueError("at least one block is kept ahead")
         self.ahead = ahead
+        self._most_announced = announced
         self.lost = 0
         """Blocks evicted from the pool that no tier had."""
         self._levels: dict[bytes, int] = {}
+        self._announced: OrderedDict[bytes, None] = OrderedDict()
+        self._unannounced: list[bytes] = []
         self._cold: OrderedDict[int, bytes] = OrderedDict()
         self._held: dict[int, bytes] = {}
         self._window: set[int] = set()
@@ -47,10 +53,21 @@ class SpillBooks:
         """All that a tier has."""
         return self._levels.keys()
 
+    @property
+    def announced(self) -> Collection[bytes]:
+        """Those that only a tier has and that are announced, the latest last."""
+        return self._announced.keys()
+
+    def take_unannounced(self) -> list[bytes]:
+        """Keys that later ones have pushed out of `announced` since the last call."""
+        keys, self._unannounced = self._unannounced, []
+        return keys
+
     # What the pool tells
 
     def committed(self, block: int, key: bytes) -> None:
         """A held block entered the index."""
+        self._announced.pop(key, None)
         self._place_held(block, key)
 
     def cached(self, block: int, key: bytes) -> None:
@@ -67,7 +84,10 @@ class SpillBooks:
     def left(self, block: int, key: bytes) -> None:
         """It left the index: its memory goes to other content."""
         self._take_out(block)
-        self.lost += key not in self._levels
+        if key in self._levels:
+            self._announce(key)
+        else:
+            self.lost += 1
 
     # What the copying asks and tells
 
@@ -93,14 +113,21 @@ class SpillBooks:
         for key, level in levels.items():
             if level is None:
                 self._levels.pop(key, None)
+                self._announced.pop(key, None)
             else:
+                new = key not in self._levels
                 self._levels[key] = level
+                if new and key not in blocks:
+                    self._announce(key)
             if key in blocks:
                 self._recount(*blocks[key], saved=level == TOP)
 
     def check(self, committed: Mapping[int, tuple[bytes, bool]]) -> None:
         """Proves the books right of the pool's committed blocks: key, and whether held."""
+        assert len(self._announced) <= self._most_announced, "too much is announced"
+        assert self._announced.keys() <= self._levels.keys(), "what no tier has is announced"
         for block, (key, held) in committed.items():
+            assert key not in self._announced, f"the key of block {block} is not only in a tier"
             assert not held or block not in self._cold, f"held block {block} is among the cold"
             assert held or block not in self._held, f"cached block {block} is among the held"
             waits = self._held if held else self._cold
@@ -112,6 +139,12 @@ class SpillBooks:
             assert self._is_saved(key), f"block {block} counts as saved and is not"
             assert held == (block in self._saved), f"block {block} is counted in the wrong place"
         assert not self._window & self._cold.keys(), "a block is saved and waits"
+
+    def _announce(self, key: bytes) -> None:
+        self._announced[key] = None
+        self._announced.move_to_end(key)
+        if len(self._announced) > self._most_announced:
+            self._unannounced.append(self._announced.popitem(last=False)[0])
 
     def _place_held(self, block: int, key: bytes) -> None:
         if self._is_saved(key):

@@ -30,6 +30,13 @@ from kvtransfer.tiers.chain import Chain
 
 log = logging.getLogger(__name__)
 
+ANNOUNCED_SHARE = 4
+"""Keys announced of those that only tiers have, at most, for each block of the pool.
+
+A terabyte of disk has half a million keys of 2 MiB blocks, more than a coordinator can keep of
+every worker. A request that comes here for other reasons finds all of them.
+"""
+
 _SHARE_IN_BOTH = 4
 _SHARE_FOR_PEERS = 2
 
@@ -61,7 +68,8 @@ class Tiers:
         self._copying = threading.Lock()
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-kv-spill", daemon=True)
-        store.attach(self, SpillBooks(max(1, min(store.total_blocks, places // _SHARE_IN_BOTH))))
+        ahead = max(1, min(store.total_blocks, places // _SHARE_IN_BOTH))
+        store.attach(self, SpillBooks(ahead, ANNOUNCED_SHARE * store.total_blocks))
         self._chain = Chain(tiers, store.set_tiers)
         self._stop_listening = store.on_change(self.nudge)
 

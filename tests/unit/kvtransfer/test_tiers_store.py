@@ -25,7 +25,7 @@ from kvtransfer.store import KvStore
 from kvtransfer.tiers.build import open_tiers, shape_of
 from kvtransfer.tiers.disk import disk_tier
 from kvtransfer.tiers.host import host_tier
-from kvtransfer.tiers.tiers import Tiers
+from kvtransfer.tiers.tiers import ANNOUNCED_SHARE, Tiers
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 
 LAYOUT = gqa_layout("m", layers=5, kv_heads=1, head_dim=16, dtype="bfloat16", block_tokens=4)
@@ -223,6 +223,45 @@ def test_a_key_is_announced_as_long_as_the_pool_or_a_tier_has_it(store):
     tiers._chain.tiers[0].forget(KEYS[1])
     assert store.events().removed == (KEYS[1],)
     assert set(store.snapshot().stored) == {KEYS[2], KEYS[3]}
+    tiers.close()
+
+
+def test_of_what_only_a_tier_has_the_latest_is_announced():
+    """A disk has more keys than the coordinator wants to know."""
+    store = store_of(2)
+    tiers = with_host(store, 32)
+    for key in KEYS[:12]:
+        cache(store, [key])
+        spill(tiers)
+    most = ANNOUNCED_SHARE * 2
+    assert set(store.snapshot().stored) == set(KEYS[10 - most : 12])
+    # Used again, one is the latest: in the pool, and when it has left that.
+    assert asyncio.run(bring_back(store, tiers, KEYS[:1])) == 1
+    events = store.events()
+    assert (events.stored, events.removed) == ((KEYS[0],), (KEYS[2],))
+    for key in KEYS[12:14]:
+        cache(store, [key])
+        spill(tiers)
+    events = store.events()
+    assert set(events.stored) == set(KEYS[12:14])
+    assert set(events.removed) == set(KEYS[3:5])
+    # All are found nevertheless.
+    assert store.in_tiers(KEYS[:14]) == 14
+    store.check_integrity()
+    tiers.close()
+
+
+def test_of_a_large_disk_the_latest_is_announced_after_a_start(tmp_path):
+    store = store_of(14)
+    tiers = open_tiers(store, "n", disk_bytes=2**20, folder=str(tmp_path))
+    cache(store, KEYS[:14])
+    spill(tiers)
+    order = tiers._chain.tiers[0].keys()
+    tiers.close()
+    store = store_of(1)
+    tiers = open_tiers(store, "n", disk_bytes=2**20, folder=str(tmp_path))
+    assert store.events().stored == tuple(order[-ANNOUNCED_SHARE:])
+    store.check_integrity()
     tiers.close()
 
 
@@ -550,10 +589,15 @@ async def test_a_peer_fetches_from_a_tier(tmp_path):
 class Machine(RuleBasedStateMachine):
     """An engine, the copying, restores and a failing medium in any order."""
 
-    @initialize(pool=st.integers(2, 6), places=st.sampled_from([1, 2, 4, 8, 24]))
-    def begin(self, pool, places):
+    @initialize(
+        pool=st.integers(2, 6), places=st.sampled_from([1, 2, 4, 8, 24]), most=st.integers(0, 9)
+    )
+    def begin(self, pool, places, most):
         self.store = store_of(pool)
         self.tiers = with_host(self.store, places)
+        # Fewer than such a pool would have: it is to matter.
+        self.most = self.store._books._most_announced = most
+        self.full = False
         self.mine: list[int] = []
         self.announced: set[bytes] = set()
         self.loop = asyncio.new_event_loop()
@@ -654,12 +698,16 @@ class Machine(RuleBasedStateMachine):
             assert self.announced.issuperset(events.removed), "told of the end of what was not"
             self.announced = (self.announced | set(events.stored)) - set(events.removed)
         held = set(self.store._pool.keys())
-        assert self.announced == held | in_tier(self.tiers)
+        assert held <= self.announced <= held | in_tier(self.tiers)
+        assert len(self.announced - held) <= self.most
+        if not self.full:
+            assert self.announced == held | in_tier(self.tiers)
 
     @invariant()
     def books_balance(self):
         self.store.check_integrity()
         assert set(self.store._books.keys()) == in_tier(self.tiers)
+        self.full |= len(in_tier(self.tiers)) > self.most
 
     def teardown(self):
         self.store.release(self.mine)
