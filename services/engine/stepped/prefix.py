@@ -14,7 +14,8 @@ from services.engine.api import KvPrefix, PrefixReport
 
 ASSUMED_TOKENS_PER_SECOND = 1000.0
 """Prefill rate of an engine that has not measured its own."""
-LEAST_TIMEOUT_SECONDS = 0.1
+LEAST_TIMEOUT_SECONDS = 0.5
+"""The first fetch from a peer connects to it, which takes NIXL and UCX a quarter of a second."""
 
 
 @dataclass(frozen=True, slots=True)
