@@ -10,12 +10,14 @@ import contextlib
 import dataclasses
 import gc
 import json
+import socket
 import threading
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from kvtransfer.errors import KvError
 from kvtransfer.keys import block_keys, salt
 from services.engine.api import (
     FinishReason,
@@ -794,6 +796,17 @@ async def test_tiers_that_can_not_be_are_refused_at_the_start(new, tmp_path):
     await new({"disk_tier_mib": 4, "disk_tier_folder": str(tmp_path)})
     with pytest.raises(SettingsError, match="in use by process"):
         await new({"disk_tier_mib": 4, "disk_tier_folder": str(tmp_path)})
+
+
+async def test_a_start_that_fails_lets_the_folder_go(new, tmp_path):
+    kv = {"disk_tier_mib": 4, "disk_tier_folder": str(tmp_path), "transports": ("shm", "tcp")}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(KvError):
+            await new(kv | {"tcp_port": port})
+    assert "tandem-kv-spill" not in {thread.name for thread in threading.enumerate()}
+    worker = await new(kv)
+    await worker.generate("a", prompt(9), GREEDY)
 
 
 # What is generated

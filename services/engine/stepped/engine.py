@@ -119,10 +119,21 @@ class SteppedEngine:
         return self._info
 
     async def start(self) -> None:
-        """Loads the model, opens the pool and its endpoint, starts to step."""
+        """Loads the model, opens the pool and its endpoint, starts to step.
+
+        If that fails nothing of it is left.
+        """
         self._loop = asyncio.get_running_loop()
-        loaded, store, window = await asyncio.to_thread(self._open)
-        self._store, self._name = store, loaded.name
+        loaded, self._store, window = await asyncio.to_thread(self._open)
+        async with contextlib.AsyncExitStack() as begun:
+            begun.push_async_callback(self._close_store)
+            await self._begin(loaded, window, begun)
+            begun.pop_all()
+
+    async def _begin(
+        self, loaded: LoadedModel, window: int, begun: contextlib.AsyncExitStack
+    ) -> None:
+        store, self._name = self._store, loaded.name
         settings, kv = self._settings, self._kv_settings
         self.kv = KvEndpoint(
             store,
@@ -135,6 +146,7 @@ class SteppedEngine:
             policy=self._policy,
             clock=self._clock,
         )
+        begun.push_async_callback(self.kv.close)
         await self.kv.start()
         self._info = EngineInfo(
             model=loaded.name,
@@ -177,11 +189,14 @@ class SteppedEngine:
             task.cancel()
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self.kv.close()
+        await self._close_store()
+        self._kv_changed.set()
+        self._outputs.put_nowait(None)
+
+    async def _close_store(self) -> None:
         if self._store.tiers is not None:
             await asyncio.to_thread(self._store.tiers.close)
         self._store.close()
-        self._kv_changed.set()
-        self._outputs.put_nowait(None)
 
     def prefill(self, request: Request, hold: Hold, prefix: KvPrefix | None = None) -> None:
         """Queues a prompt; its lease exists from now on."""
