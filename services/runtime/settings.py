@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
 Patience = Annotated[float, Field(ge=0.1, le=86_400)]
 """Seconds after which something is given up: no less than a busy machine may take, nor for ever."""
+# A folder is named after it.
+WorkerName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.:@-]*)?$", max_length=128)]
 Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
@@ -140,7 +142,9 @@ class KvSettings(_Section):
     disk_tier_folder: str = Field(
         "",
         description="Folder of the disk tier. Each worker takes a folder of its name in it, and "
-        "finds its blocks there when it starts again.",
+        "finds its blocks there when it starts again. Workers on one disk need names of their own: "
+        "without them they share their role's, and all but the first are refused with "
+        "KV_TIER_UNUSABLE.",
     )
     prefix_fetch: bool = Field(
         True,
@@ -162,7 +166,11 @@ class KvSettings(_Section):
 class WorkerSettings(_Section):
     """A worker's place in the cluster."""
 
-    name: str = Field("", description="Name in status and logs; empty: the role.")
+    name: WorkerName = Field(
+        "",
+        description="Name in status and logs, and of its folder for the disk tier; empty: the "
+        "role. Letters, digits and . _ : @ -, the first no dot.",
+    )
     coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
     region: str = Field(
         "",

@@ -176,3 +176,15 @@ def test_every_setting_says_what_it_means_and_what_it_takes():
         assert field.description, key
         assert field.description.endswith("."), key
         assert describe.allowed(field), key
+
+
+@pytest.mark.parametrize("name", ["", "prefill-0", "gpu7.rack_3", "10.0.0.1:7451", "0@host"])
+def test_a_worker_can_be_called(name):
+    env = {"TANDEM_WORKER__NAME": name}
+    assert load(WorkerProcess, None, env)[0].worker.name == name
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "/tmp", "../up", "a\n", "a b", "é"])
+def test_a_workers_name_is_a_folders(name):
+    """It gets its part of the disk tier by it, and must not get another's."""
+    assert "worker.name" in failure(WorkerProcess, env={"TANDEM_WORKER__NAME": name})
