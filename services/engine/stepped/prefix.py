@@ -16,6 +16,8 @@ ASSUMED_TOKENS_PER_SECOND = 1000.0
 """Prefill rate of an engine that has not measured its own."""
 LEAST_TIMEOUT_SECONDS = 0.5
 """The first fetch from a peer connects to it, which takes NIXL and UCX a quarter of a second."""
+LEAST_TIER_SECONDS = 0.1
+"""A tier is at hand, but a thread may have to wait for the processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Verdict:
     @property
     def timeout(self) -> float:
         """Seconds after which the fetch has lost its point."""
-        return _worth_waiting(self.compute_seconds)
+        return max(LEAST_TIMEOUT_SECONDS, self.compute_seconds)
 
     @property
     def words(self) -> str:
@@ -77,8 +79,4 @@ def tier_timeout(tokens: int, tokens_per_second: float) -> float:
 
     `tokens_per_second` as in judge().
     """
-    return _worth_waiting(tokens / (tokens_per_second or ASSUMED_TOKENS_PER_SECOND))
-
-
-def _worth_waiting(compute_seconds: float) -> float:
-    return max(LEAST_TIMEOUT_SECONDS, compute_seconds)
+    return max(LEAST_TIER_SECONDS, tokens / (tokens_per_second or ASSUMED_TOKENS_PER_SECOND))

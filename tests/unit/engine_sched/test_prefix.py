@@ -7,7 +7,7 @@ import pytest
 from kvtransfer.bandwidth import Estimate
 from services.engine.api import KvPrefix
 from services.engine.regions import export_policy
-from services.engine.stepped.prefix import judge
+from services.engine.stepped.prefix import judge, tier_timeout
 from services.runtime.load import SettingsError
 from services.runtime.settings import KvSettings
 
@@ -34,6 +34,12 @@ def test_before_anything_was_measured_a_rate_is_assumed_and_said():
 
 def test_a_fetch_has_a_least_time():
     assert judge(PREFIX, 4, Estimate(0.0, "this peer"), 1e6).timeout == 0.1
+
+
+def test_a_tier_has_as_long_as_computing_would_take():
+    assert tier_timeout(512, 1024.0) == 0.5
+    assert tier_timeout(500, 0.0) == 0.5  # an assumed rate
+    assert tier_timeout(4, 1e6) == 0.1
 
 
 def test_rules_come_from_settings():
