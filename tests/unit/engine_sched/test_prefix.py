@@ -17,7 +17,7 @@ PREFIX = KvPrefix("decode-0", "h:1", 600)
 def test_the_faster_way_by_prediction():
     verdict = judge(PREFIX, 512, Estimate(0.1, "this peer"), 2048.0)
     assert verdict.fetch
-    assert (verdict.compute_seconds, verdict.timeout) == (0.25, 0.25)
+    assert (verdict.compute_seconds, verdict.timeout) == (0.25, 0.5)
     told = verdict.report(512, 0.125, "fetched in 0.125 s")
     assert told.reason == (
         "512 tokens at decode-0: fetching takes 0.100 s, computing 0.250 s (by this peer; "
@@ -33,7 +33,8 @@ def test_before_anything_was_measured_a_rate_is_assumed_and_said():
 
 
 def test_a_fetch_has_a_least_time():
-    assert judge(PREFIX, 4, Estimate(0.0, "this peer"), 1e6).timeout == 0.1
+    assert judge(PREFIX, 4, Estimate(0.0, "this peer"), 1e6).timeout == 0.5
+    assert judge(PREFIX, 512, Estimate(0.0, "this peer"), 512.0).timeout == 1.0
 
 
 def test_a_tier_has_as_long_as_computing_would_take():
