@@ -173,17 +173,19 @@ class NixlReads:
                 self._drop_agent()
 
     def _next(self, pause: float) -> _Todo | None:
-        """What is to be done; None after a pause in which nothing came."""
-        if self._jobs:
-            wait: float | None = pause
-        elif time.monotonic() < self._settled_at:
-            wait = SETTLING_PAUSE
-            if self._agent is not None:
-                self._agent.progress()
-        else:
-            wait = None
+        """What is to be done; None after a pause if there is nothing new.
+
+        The queue is never waited at with a timeout, since in CPython 3.11 one that is short may
+        wait forever.
+        """
+        settling = time.monotonic() < self._settled_at
+        if not self._jobs and not settling:
+            return self._todo.get()
         with contextlib.suppress(queue.Empty):
-            return self._todo.get(timeout=wait)
+            return self._todo.get_nowait()
+        if not self._jobs and self._agent is not None:
+            self._agent.progress()
+        time.sleep(pause if self._jobs else SETTLING_PAUSE)
         return None
 
     def _begin(self, job: _Job) -> None:
