@@ -151,8 +151,10 @@ class NixlReads:
             self._work()
         except NixlError as error:
             self._tell(started, error)
-        except Exception:
+        except Exception as error:
             log.exception("the thread that reads with NIXL failed")
+            # Who waits for the start must hear of it whatever was wrong: a changed package, say.
+            self._tell(started, NixlError(f"{type(error).__name__}: {error}"))
         self._end()
 
     def _work(self) -> None:

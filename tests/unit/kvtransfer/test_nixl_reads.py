@@ -245,3 +245,16 @@ async def test_an_agent_that_can_not_be_made_is_told_at_the_start():
     with pytest.raises(NixlError, match="no device"):
         await rig.reads.start()
     await rig.reads.close()
+
+
+async def test_a_start_that_fails_in_any_way_is_told():
+    """A package that changed raises what nobody thought of; a start must not hang for it."""
+
+    def changed() -> object:
+        raise AttributeError("no such thing any more")
+
+    reads = NixlReads(changed, grace=0.05)
+    async with asyncio.timeout(5):
+        with pytest.raises(NixlError, match="no such thing any more"):
+            await reads.start()
+        await reads.close()
