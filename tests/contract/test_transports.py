@@ -229,7 +229,7 @@ async def test_reads_outside_of_memory_are_refused(sink, place, segment):
 async def test_only_the_ticket_of_this_run_opens_it(sink, place, change):
     ticket = Offer(place.ticket.name, {**place.ticket.attributes, **change})
     with pytest.raises(TransportError):
-        await sink.connect(ticket, place.address, 5)
+        await sink.connect(ticket, place.address, 0.5)
 
 
 async def test_an_empty_ticket_is_an_error_not_a_crash(sink, place):
