@@ -202,14 +202,14 @@ async def test_somebody_accepts_and_never_answers(make_sink):
 
 
 async def test_a_slow_read_keeps_its_lease(name, own_source, make_sink, monkeypatch):
-    """Three times as slow as the lease is long: renewals carry it."""
+    """Slower than the lease is long, by as much as a busy machine needs: renewals carry it."""
     sink = await make_sink(renew_seconds=0.1)
     keys, lease = fresh_keys(3), fresh_lease()
-    await own_source.do("offer", lease=lease, keys=keys, seconds=0.4)
+    await own_source.do("offer", lease=lease, keys=keys, seconds=1.5)
 
     async def slowly(number: int) -> None:
         if number == 0:
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(2.5)
             assert (await own_source.do("stats"))["expired"] == 0
 
     at_each_read(sink, name, monkeypatch, slowly)
