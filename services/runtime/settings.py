@@ -105,8 +105,8 @@ class KvSettings(_Section):
     transports: tuple[Literal["shm", "nixl", "ucx", "tcp"], ...] = Field(
         ("shm", "tcp"),
         min_length=1,
-        description="Offered, best first: with RDMA, nixl before tcp. nixl and ucx need the package's "
-        "extras of these names (pip install 'tandem-serving[nixl]').",
+        description="Offered, best first: with RDMA, nixl before tcp. nixl and ucx need the "
+        "package's extras of these names (pip install 'tandem-serving[nixl]').",
     )
     tcp_host: str = Field("", description="Address of the TCP data port; empty: server.host.")
     tcp_port: int = Field(0, ge=0, le=65535, description="TCP data port; 0 takes a free one.")
