@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.assembly import Assembly
+from kvtransfer.blocks import checksum
 from kvtransfer.conversion import Contribution, Conversion, convert
 from kvtransfer.errors import TransportError
 from kvtransfer.fetching import Span
@@ -25,7 +26,7 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.offload import INLINE_BYTES
 from kvtransfer.pieces import Piece
 from kvtransfer.report import Progress
-from kvtransfer.store import KvStore, checksum
+from kvtransfer.store import KvStore
 
 SaltOf = Callable[[str], bytes]
 """Of a layout's fingerprint: keys.salt() with the model, tenant and adapter of the sequence."""

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 
 from kvtransfer import wire
+from kvtransfer.blocks import checksum
 from kvtransfer.errors import KvError, KvSourceLostError, TransportError, TransportUnusableError
 from kvtransfer.fetching import (
     Announced,
@@ -39,7 +40,7 @@ from kvtransfer.landing import Landing
 from kvtransfer.offload import Offload
 from kvtransfer.pieces import Piece
 from kvtransfer.report import FetchReport
-from kvtransfer.store import KvStore, checksum
+from kvtransfer.store import KvStore
 from kvtransfer.transports.base import Read, Reader, Transport
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc

@@ -1,40 +1,26 @@
-"""A worker's KV blocks: the memory, the books of it, and what fetches may read of it.
+"""What a worker has of KV: its blocks, the leases on them, and what fetches may read of them.
 
-One lock guards pool, leases, events and watches; each call holds it for microseconds and never
-while it computes a checksum or wakes anyone. Callers are the engine's thread, which writes blocks,
-and the event loop, which serves fetches.
+Callers are the engine's thread, which writes blocks, and the event loop, which serves fetches.
+blocks.py has the blocks themselves; the lock is the same.
 """
 
 from __future__ import annotations
 
-import secrets
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-
+from kvtransfer.blocks import BlockStore, call_all
 from kvtransfer.errors import BlocksNotHeldError, WrongTenantError
 from kvtransfer.layout import KvLayout
 from kvtransfer.leases import LeaseState, LeaseTable
-from kvtransfer.memory import NONCE_BYTES, Segment
-from kvtransfer.news import ChangeLog, StoreEvents
-from kvtransfer.pieces import Piece, PieceGrid
-from kvtransfer.pool import BlockPool
-from kvtransfer.scratch import SCRATCH_BYTES, Scratch, SegmentPlan
-from kvtransfer.tiers.base import Label, TierStats
-from kvtransfer.tiers.books import SpillBooks
+from kvtransfer.pieces import Piece
+from kvtransfer.scratch import SCRATCH_BYTES
+from kvtransfer.tiers.base import TierStats
 from kvtransfer.watches import Watch, WatchTable, lost
-
-if TYPE_CHECKING:
-    from kvtransfer.tiers.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +46,10 @@ class StoreStats:
     """From the top."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spill:
-    """A committed block to be copied to the top tier, as it was when it was chosen."""
+class KvStore(BlockStore):
+    """`blocks` blocks of one layout, with leases and fetches. Thread-safe; see BlockStore.
 
-    block: int
-    generation: int
-    label: Label
-
-
-class KvStore:
-    """`blocks` blocks of one layout. Thread-safe.
-
-    `memory` is uint8 [blocks, layout.block_bytes], in the segment: the engine writes into it,
-    transports read from it. Behind it lie the generations of the blocks, for sinks to read, and
-    `scratch_bytes` of scratch (scratch.py). A block's bytes may be written only by who holds a
-    reference on it, and not once it is committed or under a lease.
+    Leased blocks keep their content until the lease ends.
     """
 
     def __init__(
@@ -88,147 +62,17 @@ class KvStore:
         clock: Callable[[], float] = time.monotonic,
         nonce: bytes | None = None,
     ) -> None:
-        self.layout = layout
-        self.total_blocks = blocks
-        self.grid = PieceGrid(layout.layers, layers_per_piece)
-        self.layers_per_piece = layers_per_piece
-        # The layout computes these each time.
-        self.layer_bytes, self.block_bytes = layout.layer_bytes, layout.block_bytes
-        plan = SegmentPlan.of(blocks, self.block_bytes, scratch_bytes)
-        self.segment = Segment(plan.nbytes, nonce or secrets.token_bytes(NONCE_BYTES))
-        self.memory: NDArray[np.uint8] = self.segment.data[: blocks * self.block_bytes].reshape(
-            blocks, self.block_bytes
+        super().__init__(
+            layout,
+            blocks,
+            layers_per_piece=layers_per_piece,
+            scratch_bytes=scratch_bytes,
+            nonce=nonce,
         )
-        self.generations_offset = plan.generations
-        """Where sinks find the generations of all blocks in the segment, bytes."""
-        self._generations = self.segment.data[plan.generations :][: blocks * 8].view("<u8")
-        self.room = Scratch(plan.room, plan.scratch - plan.room)
-        """Registered memory for generations that fetches read."""
-        self.scratch = Scratch(plan.scratch, plan.nbytes - plan.scratch)
-        """Registered memory for what is on its way and has no block."""
         self._clock = clock
-        self._lock = threading.Lock()
-        self._pool = BlockPool(blocks)
         self._leases = LeaseTable()
         self._watches = WatchTable()
-        self._ready = [0] * blocks
-        self._tenants = [""] * blocks
-        self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
-        self._log = ChangeLog()
         self._expired = 0
-        self.tiers: Tiers | None = None
-        """Where evicted blocks go, see attach()."""
-        self._books: SpillBooks | None = None
-        self._listeners: list[Callable[[], None]] = []
-
-    # Blocks
-
-    def match(self, keys: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest cached prefix of `keys`; takes one reference on each."""
-        with self._lock:
-            return self._pool.match(keys)
-
-    def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each, all or none.
-
-        Evicts the least recently used cached blocks if it must. Raises OutOfBlocksError.
-        """
-        with self._lock:
-            blocks, removed = self._pool.allocate(count)
-            for block in blocks:
-                self._ready[block] = 0
-                self._generations[block] = self._pool.generation(block)
-            self._note_removed(removed)
-        if removed:
-            self._changed()
-        if self.tiers is not None:
-            self.tiers.nudge()
-        return blocks
-
-    def retain(self, blocks: Sequence[int]) -> None:
-        """One more reference on each. Raises ValueError if one is not held."""
-        with self._lock:
-            self._pool.retain(blocks)
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """One reference less on each: committed blocks stay cached. Raises ValueError."""
-        with self._lock:
-            freed = self._pool.release(blocks)
-        if freed:
-            self._changed()
-
-    def available(self) -> int:
-        """Blocks that allocate() can give."""
-        with self._lock:
-            return self._pool.available
-
-    # Content
-
-    def begin(self, block: int, key: bytes, tenant: str = "") -> None:
-        """The block is going to hold `key`, of a full or a partial block, computed for `tenant`.
-
-        Raises ValueError if it is not held, or if others rely on what it has.
-        """
-        with self._lock:
-            unkeyed, generation = self._pool.key(block) is None, self._pool.generation(block)
-            removed = self._pool.begin(block, key)
-            if unkeyed or self._pool.generation(block) != generation:
-                self._ready[block] = 0
-                self._generations[block] = self._pool.generation(block)
-                self._tenants[block] = tenant
-            if removed is not None:
-                self._note_removed([removed])
-        if removed is not None:
-            self._changed()
-
-    def piece_done(self, block: int, first_layer: int, layers: int) -> None:
-        """The bytes of a layer range, one or more whole pieces, are final from now on.
-
-        Computes checksums, makes the pieces readable and wakes the fetches that wait for them.
-        Raises ValueError if the block was not begun or the range is not whole pieces.
-        """
-        indices = self.grid.indices(first_layer, layers)
-        self.pieces_verified(block, indices, [self._checksum(block, i) for i in indices])
-
-    def pieces_verified(self, block: int, indices: Iterable[int], checksums: Iterable[int]) -> None:
-        """piece_done for who has just computed the checksums over these very bytes."""
-        with self._lock:
-            if self._pool.key(block) is None:
-                raise ValueError(f"block {block} was not begun")
-            woken: list[Watch] = []
-            for index, value in zip(indices, checksums, strict=True):
-                if self._ready[block] >> index & 1:
-                    continue
-                self._checksums[block, index] = value
-                self._ready[block] |= 1 << index
-                more = self._ready[block] != self.grid.all
-                woken += self._watches.piece(block, partial(self._piece, block, index), more=more)
-            wakes = _disarm(woken)
-        _call(wakes)
-
-    def commit(self, block: int) -> bool:
-        """A full block, all pieces done, enters the prefix index.
-
-        False if another block has the key already: then this one stays private, which is no error.
-        Raises ValueError if pieces are missing.
-        """
-        with self._lock:
-            if self._ready[block] != self.grid.all:
-                raise ValueError(f"block {block} is not complete")
-            key = self._pool.key(block)
-            known = key is not None and self._announced(key)
-            entered = self._pool.commit(block)
-            if entered and key is not None and not known:
-                self._log.note([key], stored=True)
-        if entered:
-            self._changed()
-        return entered
-
-    def seal(self, block: int, key: bytes, tenant: str = "") -> bool:
-        """begin, all pieces done, commit: for a block that decoding has filled."""
-        self.begin(block, key, tenant)
-        self.piece_done(block, 0, self.layout.layers)
-        return self.commit(block)
 
     # Leases
 
@@ -257,7 +101,7 @@ class KvStore:
             self._pool.retain(new)
             self._bind(lease_id)
             wakes = _disarm(self._watches.of(lease_id))
-        _call(wakes)
+        call_all(wakes)
 
     def lease_complete(self, lease_id: str) -> None:
         """Every block is in the lease and final; from now on it can expire.
@@ -271,13 +115,13 @@ class KvStore:
                     raise ValueError(f"block {block} of lease {lease_id} is not complete")
             self._leases.complete(lease_id, self._clock())
             wakes = _disarm(self._watches.completed(lease_id) if lease else ())
-        _call(wakes)
+        call_all(wakes)
 
     def release_lease(self, lease_id: str, why: str = "released") -> bool:
         """Ends a lease, whoever asks and however often; was it live? `why` completes "it was"."""
         with self._lock:
             blocks, wakes = self._end(lease_id, why)
-        _call(wakes)
+        call_all(wakes)
         if blocks is not None:
             self._changed()
         return blocks is not None
@@ -301,7 +145,7 @@ class KvStore:
             for lease_id in due:
                 wakes += self._end(lease_id, "expired")[1]
             self._expired += len(due)
-        _call(wakes)
+        call_all(wakes)
         if due:
             self._changed()
         return due
@@ -362,66 +206,6 @@ class KvStore:
             self._watches.remove(watch)
         self._changed()
 
-    # Tiers
-
-    def attach(self, tiers: Tiers, books: SpillBooks) -> None:
-        """Blocks go to `tiers` before they are evicted, and come back from there.
-
-        To be called once, before anything is in the pool. Raises ValueError.
-        """
-        with self._lock:
-            if self._books is not None or self._pool.free < self._pool.total:
-                raise ValueError("tiers belong to a pool from its beginning")
-            self.tiers, self._books, self._pool.watcher = tiers, books, books
-            self._log.restart()
-
-    def next_spill(self) -> Spill | None:
-        """What to copy to the top tier next, if anything should be now."""
-        with self._lock:
-            if self._books is None:
-                return None
-            block = self._books.next(self._pool.free, self._pool.available)
-            key = None if block is None else self._pool.key(block)
-            if block is None or key is None:
-                return None
-            checksums = self._checksums[block].astype("<u8", copy=False).tobytes()
-            label = Label(key, self._tenants[block], checksums)
-            return Spill(block, self._pool.generation(block), label)
-
-    def unchanged(self, spill: Spill) -> bool:
-        """Whether the block has had the same content all the time since next_spill()."""
-        with self._lock:
-            return self._pool.generation(spill.block) == spill.generation
-
-    def set_tiers(self, levels: Mapping[bytes, int | None]) -> None:
-        """Where in the tiers keys are now, 0 is the top, or that they are in none.
-
-        For one caller at a time, who saw it in the tiers.
-        """
-        with self._lock:
-            if self._books is None:
-                return
-            before = {key: self._announced(key) for key in levels}
-            found = {key: self._pool.find(key) for key in levels}
-            blocks = {
-                key: (block, self._pool.references(block) > 0)
-                for key, block in found.items()
-                if block is not None
-            }
-            self._books.set_levels(levels, blocks)
-            after = {key: self._announced(key) for key in levels}
-            pushed_out = [k for k in self._books.take_unannounced() if k not in levels]
-            self._log.note([k for k in levels if after[k] > before[k]], stored=True)
-            self._log.note([k for k in levels if after[k] < before[k]], stored=False)
-            self._log.note(pushed_out, stored=False)
-        if after != before or pushed_out:
-            self._changed()
-
-    def in_tiers(self, keys: Sequence[bytes]) -> int:
-        """How many leading ones of `keys` are in a tier."""
-        with self._lock:
-            return sum(1 for _ in takewhile(self._in_tier, keys))
-
     def hold_for_restore(
         self, lease_id: str, keys: Sequence[bytes], tenant: str
     ) -> dict[bytes, int | None]:
@@ -455,34 +239,7 @@ class KvStore:
         """
         return nullcontext() if self.tiers is None else self.tiers.restored(lease_id, keys, tenant)
 
-    # News and proofs
-
-    def events(self) -> StoreEvents:
-        """Changes since the last call of the keys announced. For one consumer.
-
-        These are the pool's, and the latest of those that only a tier has. They are net changes;
-        the first answer is a snapshot.
-        """
-        with self._lock:
-            return self._log.drain(self._keys)
-
-    def snapshot(self) -> StoreEvents:
-        """All keys announced; events() then goes on from here."""
-        with self._lock:
-            self._log.restart()
-            return self._log.drain(self._keys)
-
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, from any thread, whenever keys, free blocks, leases or fetches changed.
-
-        The callback must be quick and not raise. Returns what takes it off again.
-        """
-        self._listeners = [*self._listeners, callback]
-
-        def stop() -> None:
-            self._listeners = [c for c in self._listeners if c is not callback]
-
-        return stop
+    # Proofs
 
     def stats(self) -> StoreStats:
         """Now."""
@@ -522,27 +279,11 @@ class KvStore:
         if self.tiers is not None:
             self.tiers.check_integrity()
 
-    def close(self) -> None:
-        """Nobody can map the memory any more; arrays on it stay valid."""
-        self.segment.close()
-
     # All below are called with the lock held.
 
-    def _in_tier(self, key: bytes) -> bool:
-        return self._books is not None and key in self._books
-
-    def _announced(self, key: bytes) -> bool:
-        tiered = self._books is not None and key in self._books.announced
-        return tiered or self._pool.find(key) is not None
-
-    def _keys(self) -> Iterable[bytes]:
-        return [*self._pool.keys(), *(() if self._books is None else self._books.announced)]
-
-    def _note_removed(self, keys: Iterable[bytes]) -> None:
-        """Keys left the pool's index, and may have pushed others out of what is announced."""
-        if self._books is not None:
-            keys = dict.fromkeys((*keys, *self._books.take_unannounced()))
-        self._log.note([k for k in keys if not self._announced(k)], stored=False)
+    def _piece_ready(self, block: int, index: int) -> list[Callable[[], None]]:
+        more = self._ready[block] != self.grid.all
+        return _disarm(self._watches.piece(block, partial(self._piece, block, index), more=more))
 
     def _require_held(self, lease_id: str, keys: Sequence[bytes]) -> None:
         lease = self._leases.live(lease_id)
@@ -605,21 +346,6 @@ class KvStore:
             checksum=int(self._checksums[block, index]),
         )
 
-    # And these without.
-
-    def _checksum(self, block: int, index: int) -> int:
-        first, layers = self.grid.span(index)
-        size = self.layer_bytes
-        return checksum(self.memory[block, first * size : (first + layers) * size])
-
-    def _changed(self) -> None:
-        _call(self._listeners)
-
-
-def checksum(data: NDArray[np.uint8]) -> int:
-    """XXH3-64 of contiguous bytes."""
-    return xxhash.xxh3_64_intdigest(data.data)
-
 
 def _disarm(watches: Iterable[Watch]) -> list[Callable[[], None]]:
     wakes = []
@@ -628,8 +354,3 @@ def _disarm(watches: Iterable[Watch]) -> list[Callable[[], None]]:
             watch.armed = False
             wakes.append(watch.wake)
     return wakes
-
-
-def _call(callbacks: Iterable[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        callback()

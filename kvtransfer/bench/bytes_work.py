@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from kvtransfer import codecs
 from kvtransfer.bench.figures import Row, row, size_words
 from kvtransfer.bench.rounds import Subject, take_turns
+from kvtransfer.blocks import checksum
 from kvtransfer.codecs import Stored
-from kvtransfer.store import checksum
 
 HEADS, WIDTH, TOKENS = 4, 128, 32
 PIECE = 2**20

@@ -19,9 +19,10 @@ from kvtransfer.bench.serving import (
     serve_store,
     started,
 )
+from kvtransfer.blocks import checksum
 from kvtransfer.endpoint import KvEndpoint
 from kvtransfer.offload import Offload
-from kvtransfer.store import KvStore, checksum
+from kvtransfer.store import KvStore
 from kvtransfer.transports.base import Read
 
 AT_ONCE = (1, 4, 16)

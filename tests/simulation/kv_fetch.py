@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvtransfer.blocks import checksum
 from kvtransfer.errors import KvError, KvSourceLostError, TransportError
 from kvtransfer.fetching import (
     Complete,
@@ -23,7 +24,6 @@ from kvtransfer.fetching import (
 )
 from kvtransfer.landing import DirectLanding
 from kvtransfer.pieces import Piece
-from kvtransfer.store import checksum
 from tests.simulation.kv_peer import LAYOUT, Call, Source, ViolationError, content
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from kvtransfer import wire
+from kvtransfer.blocks import checksum
 from kvtransfer.endpoint import CROSSED_OFF_SECONDS, KvEndpoint
 from kvtransfer.errors import KvSourceLostError, NoTransportError
 from kvtransfer.layout import gqa_layout
 from kvtransfer.pieces import Piece
-from kvtransfer.store import KvStore, checksum
+from kvtransfer.store import KvStore
 from kvtransfer.transports.base import Offer
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
