@@ -1,9 +1,7 @@
 """The sink's end of one fetch: carries out what the core (fetching.py) decides.
 
-It makes the call, receives what the source announces, reads pieces, checks them, renews the lease,
-and tells the core of each. Reads are checked in the place they were read to: checksum first, and
-the generations of the source's blocks, read after the bytes, say whether the source still meant
-them.
+It makes the call, receives what the source announces, has pieces read and checked (reading.py),
+renews the lease, and tells the core of each.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import numpy as np
 
 from kvtransfer import wire
-from kvtransfer.blocks import checksum
 from kvtransfer.errors import KvError, KvSourceLostError, TransportError, TransportUnusableError
 from kvtransfer.fetching import (
     Announced,
@@ -39,9 +35,10 @@ from kvtransfer.fetching import Read as ReadCommand
 from kvtransfer.landing import Landing
 from kvtransfer.offload import Offload
 from kvtransfer.pieces import Piece
+from kvtransfer.reading import PieceReads
 from kvtransfer.report import FetchReport
 from kvtransfer.store import KvStore
-from kvtransfer.transports.base import Read, Reader, Transport
+from kvtransfer.transports.base import Reader, Transport
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 
@@ -88,10 +85,9 @@ class SinkFetch:
         """Name of the transport, once the source has chosen it."""
         self.why = ""
         """Why this one, in the source's words."""
-        self._store = store
-        self._offload = offload
         self._order = order
         self._landing = landing
+        self._pieces = PieceReads(store, offload, landing)
         self._limits = limits
         self._clock = clock
         self._events: deque[Event] = deque()
@@ -266,27 +262,11 @@ class SinkFetch:
     # Bytes
 
     async def _read(self, pieces: Sequence[Piece], timeout: float) -> None:
-        reader = self._reader
-        assert reader is not None
+        assert self._reader is not None
         try:
-            async with (
-                # This room first: who has scratch must not wait for anything.
-                self._store.room.borrow(GENERATION_BYTES * len(pieces)) as generations,
-                self._landing.stage(pieces) as places,
-            ):
-                # The source's time counts from here: it has no part in the wait for room.
-                until = self._loop.time() + timeout
-                reads = [Read(p.offset, at, p.length) for p, at in zip(pieces, places, strict=True)]
-                await reader.read(merged(reads), timeout)
-                verifying = self._loop.create_task(self._verify(pieces, places))
-                try:
-                    left = max(0.0, until - self._loop.time())
-                    stale = await self._stale(reader, pieces, generations, left)
-                    wrong = await verifying
-                finally:
-                    verifying.cancel()
-                if not stale:
-                    await self._land(pieces, places, wrong)
+            wrong, stale = await self._pieces.read(
+                self._reader, pieces, self._generations_offset, timeout
+            )
         except TransportError as error:
             self._tell(ReadFailed(error))
             return
@@ -294,69 +274,3 @@ class SinkFetch:
         if self._first_bytes is None and len(wrong) < len(pieces):
             self._first_bytes = self._last_bytes
         self._tell(ReadDone(wrong, stale))
-
-    async def _verify(self, pieces: Sequence[Piece], places: Sequence[int]) -> tuple[Piece, ...]:
-        """Those whose bytes are not what was announced."""
-        data = self._store.segment.data
-
-        def check(stop: Callable[[], bool]) -> tuple[Piece, ...]:
-            wrong = []
-            for piece, at in zip(pieces, places, strict=True):
-                if stop():
-                    break
-                if checksum(data[at : at + piece.length]) != piece.checksum:
-                    wrong.append(piece)
-            return tuple(wrong)
-
-        return await self._offload.run(check, sum(p.length for p in pieces))
-
-    async def _stale(
-        self, reader: Reader, pieces: Sequence[Piece], at: int, timeout: float
-    ) -> bool:
-        """Whether a block is not the announced one any more, by its generation at the source.
-
-        Generations are read to offset `at`.
-        """
-        size = self._landing.layout.block_bytes
-        announced = {piece.offset // size: piece.generation for piece in pieces}
-        blocks = sorted(announced)
-        reads = [
-            Read(
-                self._generations_offset + GENERATION_BYTES * block,
-                at + GENERATION_BYTES * i,
-                GENERATION_BYTES,
-            )
-            for i, block in enumerate(blocks)
-        ]
-        await reader.read(merged(reads), timeout)
-        raw = self._store.segment.data[at : at + GENERATION_BYTES * len(blocks)]
-        now: list[int] = np.frombuffer(raw, "<u8").tolist()
-        return now != [announced[block] for block in blocks]
-
-    async def _land(
-        self, pieces: Sequence[Piece], places: Sequence[int], wrong: Sequence[Piece]
-    ) -> None:
-        if not self._landing.converts:
-            return
-        bad = set(wrong)
-        good = [(p, at) for p, at in zip(pieces, places, strict=True) if p not in bad]
-        await self._offload.run(
-            lambda stop: self._landing.land([p for p, _ in good], [at for _, at in good]),
-            sum(p.length for p, _ in good),
-        )
-
-
-def merged(reads: Sequence[Read]) -> list[Read]:
-    """The same bytes in fewer reads: neighbours on both sides become one."""
-    result: list[Read] = []
-    for read in reads:
-        last = result[-1] if result else None
-        if (
-            last is not None
-            and last.remote + last.length == read.remote
-            and last.local + last.length == read.local
-        ):
-            result[-1] = Read(last.remote, last.local, last.length + read.length)
-        else:
-            result.append(read)
-    return result

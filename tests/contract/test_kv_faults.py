@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-import kvtransfer.sink
+import kvtransfer.reading
 from kvtransfer.errors import KvError, KvSourceLostError, WrongTenantError
 from tests.contract.kv_rig import RemoteSource
 from tests.contract.kv_sink import LAYERS, Sink, fresh_keys, fresh_lease
@@ -224,7 +224,7 @@ async def test_a_slow_read_keeps_its_lease(name, own_source, make_sink, monkeypa
 async def test_memory_reused_under_a_read(name, own_source, sink, monkeypatch, blind):
     """The lease ends and others get the memory between announcement and read."""
     if blind:
-        monkeypatch.setattr(kvtransfer.sink, "checksum", lambda _: AlwaysRight())
+        monkeypatch.setattr(kvtransfer.reading, "checksum", lambda _: AlwaysRight())
     keys, lease = fresh_keys(4), fresh_lease()
     await own_source.do("offer", lease=lease, keys=keys)
 

@@ -6,7 +6,7 @@ from kvtransfer.arrivals import Arrivals
 from kvtransfer.errors import TransportError
 from kvtransfer.layout import gqa_layout
 from kvtransfer.pieces import Piece, PieceGrid
-from kvtransfer.sink import merged
+from kvtransfer.reading import merged
 from kvtransfer.transports.base import Read
 from kvtransfer.transports.batches import batches
 from kvtransfer.transports.tcp_protocol import MAX_BYTES, MAX_RANGES
