@@ -21,6 +21,7 @@ import pytest
 
 from cli.child import Child, ChildFailedError
 from cli.cluster import ClusterError, Event, LocalCluster
+from cli.demo import PROMPT, Show, Told, _failure
 from services.runtime.client import Ask, Client, Turn
 
 SCRIPTED = {"engine.kind": "scripted", "engine.block_tokens": "4"}
@@ -402,13 +403,19 @@ def test_the_demo_moves_kv_and_finds_it_cached():
         assert re.match(r"[\d.]+ m?s", table[row][0])
 
 
-def test_the_demo_fails_when_the_answer_is_not_the_one_it_knows():
-    ended = demo()
+def test_the_demo_fails_when_it_does_not_show_what_it_is_there_to_show():
+    ended = demo("--set", "coordinator.local_prefill_tokens=100000")
     assert ended.returncode == 1
-    assert "the answer does not name Tokyo" in ended.stderr
+    assert "no KV moved from the prefill worker" in ended.stderr
     (logs,) = re.findall(r"logs: (\S+)", ended.stderr)
     assert "decode-0.log" in os.listdir(logs)
     shutil.rmtree(logs)
+
+
+def test_the_demo_knows_the_answer_to_its_own_question():
+    show = Show(PROMPT, 0, 1, {}, None, keep=False)
+    assert "Tokyo" in _failure(show, Told(text="Paris."), Told())
+    assert "Tokyo" not in _failure(show, Told(text="It is Tokyo."), Told())
 
 
 @pytest.mark.model

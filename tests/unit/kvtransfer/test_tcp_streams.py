@@ -83,12 +83,14 @@ async def test_as_many_connections_as_told(source):
     await transport.close()
 
 
-async def test_one_connection_that_breaks_ends_the_read_and_all_connections(source, sink):
+async def test_a_connection_that_breaks_ends_the_read_and_all_connections(source, sink):
     reader = await sink.connect(source.ticket(), "ignored:1", 5)
     await reader.read([Read(0, 0, SIZE)], 20)
-    next(iter(source._source._serving)).cancel()
+    # All but one: of so few requests one connection may get none, and need not be a sound one.
+    for serving in list(source._source._serving)[1:]:
+        serving.cancel()
     async with asyncio.timeout(5):
-        while len(source._source._serving) == STREAMS:  # noqa: ASYNC110 - no event tells
+        while len(source._source._serving) > 1:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0)
     with pytest.raises(TransportError):
         await reader.read([Read(0, 0, SIZE)], 20)
