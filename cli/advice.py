@@ -19,6 +19,8 @@ ADVICE = {
     "ENGINE_FAILED": "Retry. The worker's log has the cause.",
     "OVERLOADED": "Wait as long as RetryInfo says and retry, send less, or add workers "
     "(coordinator.queue_limit is how many may wait).",
+    "SLO_UNATTAINABLE": "Wait as long as RetryInfo says and retry, ask for less, or add workers: "
+    "the message says what was predicted.",
     "ENGINE_OVERLOADED": "Retry later, or give the workers more room: engine.kv_memory_mib, "
     "engine.max_running, engine.max_waiting.",
     "DEADLINE": "Allow more time, or ask for fewer tokens.",

@@ -112,7 +112,12 @@ class Driver:
                 answer = self._answers.get(ticket)
                 if answer is not None and not answer.done():
                     answer.set_exception(wire.refusal_to(refusal))
-            case m.GrantLease(stream=number) | m.AskResync(stream=number):
+            case (
+                m.GrantLease(stream=number)
+                | m.AskResync(stream=number)
+                | m.AskRole(stream=number)
+                | m.AskExperts(stream=number)
+            ):
                 if number in self._streams:
                     message = wire.command_to(command, self.coordinator_id)
                     self._streams[number].out.put_nowait(message)
@@ -132,7 +137,8 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
     async def Place(self, request: pb.PlaceRequest, context: _Context) -> pb.PlaceResponse:  # noqa: N802
         """See coordinator.proto."""
         want = wire.place_from(request)
-        return wire.place_to(await self._driver.place(want, context.time_remaining()))
+        answer = await self._driver.place(want, context.time_remaining())
+        return wire.place_to(answer, self._driver.coordinator_id)
 
     async def Report(self, request: pb.ReportRequest, context: _Context) -> pb.ReportResponse:  # noqa: N802
         """See coordinator.proto."""
@@ -151,6 +157,12 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
         """See coordinator.proto."""
         driver = self._driver
         return wire.status_to(driver.core, driver.coordinator_id, driver.clock())
+
+    async def Explain(  # noqa: N802
+        self, request: pb.ExplainRequest, context: _Context
+    ) -> pb.ExplainResponse:
+        """See coordinator.proto."""
+        return pb.ExplainResponse(coordinator_id=self._driver.coordinator_id)
 
 
 class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):

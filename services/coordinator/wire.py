@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import cast
 
 from kvtransfer.policy import ExportPolicy
@@ -14,6 +16,7 @@ from services.runtime.errors import (
     InvalidRequestError,
     NoWorkersError,
     OverloadedError,
+    SloUnattainableError,
     TandemError,
     UnknownModelError,
 )
@@ -22,7 +25,11 @@ from tandem.generation.v1 import generation_pb2
 
 KEY_BYTES = 16
 
-_ROLES = {pb.WORKER_ROLE_PREFILL: m.Role.PREFILL, pb.WORKER_ROLE_DECODE: m.Role.DECODE}
+_ROLES = {
+    pb.WORKER_ROLE_PREFILL: m.Role.PREFILL,
+    pb.WORKER_ROLE_DECODE: m.Role.DECODE,
+    pb.WORKER_ROLE_BOTH: m.Role.BOTH,
+}
 _WIRE_ROLES = {role: number for number, role in _ROLES.items()}
 
 _NAMES = ("worker_id", "address", "model", "kv_layout")
@@ -33,7 +40,7 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
     """Raises InvalidRequestError naming the field that makes the worker unusable."""
     info = hello.info
     if info.role not in _ROLES:
-        raise InvalidRequestError("hello.info.role", info.role, "prefill or decode")
+        raise InvalidRequestError("hello.info.role", info.role, "prefill, decode or both")
     for field in _NAMES:
         if not getattr(info, field):
             raise InvalidRequestError(f"hello.info.{field}", "", "must not be empty")
@@ -58,8 +65,39 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
         export_policy=_policy_from(info),
         kv_transports=tuple(info.kv_transports),
         kv_not_offered=dict(info.kv_not_offered),
+        can_be=tuple(_ROLES[role] for role in info.can_be if role in _ROLES),
+        nvlink_domain=info.nvlink_domain,
+        cost=_finite("hello.info.cost", info.cost),
+        kv_block_bytes=info.kv_block_bytes,
+        experts=_shape_from(info.experts) if info.HasField("experts") else None,
     )
     return m.WorkerHello(stream, known, stats_from(hello.stats))
+
+
+def _shape_from(shape: pb.ExpertShape) -> m.ExpertShape:
+    known = m.ExpertShape(
+        layers=shape.layers,
+        logical=shape.logical,
+        physical=shape.physical,
+        groups=shape.groups,
+        hosts=shape.hosts,
+        gpus=shape.gpus,
+        expert_bytes=shape.expert_bytes,
+    )
+    for field in ("layers", "logical", "physical", "groups", "hosts", "gpus"):
+        if getattr(known, field) < 1:
+            raise InvalidRequestError(f"hello.info.experts.{field}", 0, "at least 1")
+    if known.physical < known.logical or known.physical % known.gpus:
+        allowed = f"a multiple of gpus ({known.gpus}), and no less than logical ({known.logical})"
+        raise InvalidRequestError("hello.info.experts.physical", known.physical, allowed)
+    return known
+
+
+def _finite(field: str, value: float) -> float:
+    """A number of a peer that decisions may reckon with."""
+    if not 0 <= value < math.inf:
+        raise InvalidRequestError(field, value, "a finite number, not negative")
+    return value
 
 
 def _policy_from(info: pb.WorkerInfo) -> ExportPolicy:
@@ -87,8 +125,10 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         waiting=stats.waiting,
         free_blocks=stats.free_blocks,
         queued_tokens=stats.queued_tokens,
-        prefill_tokens_per_second=stats.prefill_tokens_per_second,
-        step_seconds=stats.step_seconds,
+        prefill_tokens_per_second=_finite(
+            "stats.prefill_tokens_per_second", stats.prefill_tokens_per_second
+        ),
+        step_seconds=_finite("stats.step_seconds", stats.step_seconds),
         held_blocks=stats.held_blocks,
         cached_blocks=stats.cached_blocks,
         finished=stats.finished,
@@ -100,7 +140,23 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         leases_expired=stats.leases_expired,
         kv_traffic=tuple(stats.kv_traffic),
         kv_tiers=tuple(stats.kv_tiers),
+        kv_rates=tuple(
+            m.KvRate(t.transport, t.bytes, _finite("stats.kv_traffic.seconds", t.seconds))
+            for t in stats.kv_traffic
+            if t.transport and not t.peer
+        ),
+        ranks=tuple(
+            m.RankStats(r.running, r.waiting, r.free_blocks, r.kv_tokens, r.queued_tokens)
+            for r in stats.ranks
+        ),
+        adapters=tuple(stats.adapters),
+        expert_tokens=tuple(stats.expert_tokens),
+        expert_map=_map_from(stats.expert_map) if stats.HasField("expert_map") else None,
     )
+
+
+def _map_from(message: pb.ExpertMap) -> m.ExpertMap:
+    return m.ExpertMap(tuple(message.physical_to_logical), message.plan)
 
 
 def report_from(stream: int, message: pb.RegisterRequest) -> m.Event:
@@ -116,18 +172,50 @@ def report_from(stream: int, message: pb.RegisterRequest) -> m.Event:
         events = message.kv_events
         _check_keys("kv_events.stored", stored := tuple(events.stored))
         _check_keys("kv_events.removed", removed := tuple(events.removed))
-        return m.WorkerKvEvents(stream, events.sequence, events.snapshot, stored, removed)
-    raise InvalidRequestError("message", None, "one of hello, heartbeat, kv_events, draining")
+        _check_keys("kv_events.lower", lower := tuple(events.lower))
+        return m.WorkerKvEvents(stream, events.sequence, events.snapshot, stored, removed, lower)
+    if kind == "role_changed":
+        role = message.role_changed.role
+        if role not in _ROLES:
+            raise InvalidRequestError("role_changed.role", role, "prefill, decode or both")
+        return m.WorkerRoleChanged(stream, _ROLES[role])
+    allowed = "one of hello, heartbeat, kv_events, draining, role_changed"
+    raise InvalidRequestError("message", None, allowed)
 
 
-def command_to(command: m.GrantLease | m.AskResync, coordinator_id: str) -> pb.RegisterResponse:
+def command_to(
+    command: m.GrantLease | m.AskResync | m.AskRole | m.AskExperts, coordinator_id: str
+) -> pb.RegisterResponse:
     """What a worker is told."""
     if isinstance(command, m.AskResync):
         return pb.RegisterResponse(resync=pb.Resync())
+    if isinstance(command, m.AskRole):
+        role = _WIRE_ROLES[command.role]
+        return pb.RegisterResponse(change_role=pb.ChangeRole(role=role, why=command.why))
+    if isinstance(command, m.AskExperts):
+        return pb.RegisterResponse(expert_plan=_plan_to(command))
     accepted = pb.Accepted(
         lease_ms=max(1, round(command.seconds * 1e3)), coordinator_id=coordinator_id
     )
     return pb.RegisterResponse(accepted=accepted)
+
+
+def _plan_to(command: m.AskExperts) -> pb.ExpertPlan:
+    plan = command.plan
+    return pb.ExpertPlan(
+        plan=plan.plan,
+        map=pb.ExpertMap(physical_to_logical=plan.physical_to_logical, plan=plan.plan),
+        moves=[
+            pb.ExpertMove(
+                layer=move.layer,
+                expert=move.expert,
+                from_place=move.from_place,
+                to_place=move.to_place,
+            )
+            for move in command.moves
+        ],
+        why=command.why,
+    )
 
 
 def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
@@ -152,10 +240,17 @@ def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
         frontend_id=request.frontend_id,
         kv_layout=request.kv_layout,
         tenant=request.tenant,
+        priority=request.priority,
+        session=request.session,
+        adapter=request.adapter,
+        region=request.region,
+        allowed_regions=frozenset(request.allowed_regions),
+        ttft_seconds=_finite("ttft_seconds", request.ttft_seconds),
+        itl_seconds=_finite("itl_seconds", request.itl_seconds),
     )
 
 
-def place_to(answer: m.AnswerPlacement) -> pb.PlaceResponse:
+def place_to(answer: m.AnswerPlacement, coordinator_id: str) -> pb.PlaceResponse:
     """The decision."""
     placement = answer.placement
     return pb.PlaceResponse(
@@ -164,6 +259,9 @@ def place_to(answer: m.AnswerPlacement) -> pb.PlaceResponse:
         reasons=placement.reasons,
         queued_seconds=answer.queued_seconds,
         prefix=None if placement.prefix is None else _prefix_to(placement.prefix),
+        predicted_ttft_seconds=placement.ttft_seconds,
+        predicted_itl_seconds=placement.itl_seconds,
+        coordinator_id=coordinator_id,
     )
 
 
@@ -181,6 +279,9 @@ def ended_from(request: pb.ReportRequest) -> m.AttemptEnded:
         failed_worker=request.failed_worker,
         failure=request.failure,
         unreachable=request.unreachable,
+        generated_tokens=request.generated_tokens,
+        ttft_seconds=_finite("ttft_seconds", request.ttft_seconds),
+        computed_tokens=request.computed_tokens,
     )
 
 
@@ -193,6 +294,9 @@ def refusal_to(refusal: m.Refusal) -> TandemError:
         return NoWorkersError(refusal.message, retry_seconds=refusal.retry_seconds, **metadata)
     if refusal.reason is m.Reason.OVERLOADED:
         return OverloadedError(refusal.message, retry_seconds=refusal.retry_seconds, **metadata)
+    if refusal.reason is m.Reason.SLO_UNATTAINABLE:
+        seconds = refusal.retry_seconds
+        return SloUnattainableError(refusal.message, retry_seconds=seconds, **metadata)
     if refusal.reason is m.Reason.UNKNOWN_MODEL:
         return UnknownModelError(refusal.message, **metadata)
     return DeadlineError(refusal.message, **metadata)
@@ -264,6 +368,11 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             export_rules=_rules_to(info.export_policy),
             kv_transports=info.kv_transports,
             kv_not_offered=info.kv_not_offered,
+            can_be=[_WIRE_ROLES[role] for role in info.can_be],
+            nvlink_domain=info.nvlink_domain,
+            cost=info.cost,
+            kv_block_bytes=info.kv_block_bytes,
+            experts=None if info.experts is None else pb.ExpertShape(**asdict(info.experts)),
         ),
         stats=pb.WorkerStats(
             running=stats.running,
@@ -283,6 +392,8 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             leases_expired=stats.leases_expired,
             kv_traffic=cast("tuple[pb.KvTraffic, ...]", stats.kv_traffic),
             kv_tiers=cast("tuple[pb.KvTier, ...]", stats.kv_tiers),
+            ranks=[pb.RankStats(**asdict(rank)) for rank in stats.ranks],
+            adapters=stats.adapters,
         ),
         draining=worker.standing is Standing.DRAINING,
         silent_seconds=max(0.0, now - worker.heard),

@@ -75,6 +75,8 @@ class Request:
     sampling: Sampling
     output_token_ids: tuple[int, ...] = ()
     tenant: str = ""
+    deadline_seconds: float | None = None
+    """What is left until the client's deadline when the request comes in; None: no deadline."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -189,6 +191,27 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """How experts can be placed; fields as in coordinator.proto."""
+
+    layers: int
+    logical: int
+    physical: int
+    groups: int
+    hosts: int
+    gpus: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """Logical expert in each place: layers x physical, row by row; `plan` it came of."""
+
+    physical_to_logical: tuple[int, ...]
+    plan: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What does not change while the engine lives."""
 
@@ -207,6 +230,19 @@ class EngineInfo:
     """Offered, best first."""
     kv_not_offered: Mapping[str, str] = field(default_factory=dict)
     """Transports that were asked for and can't be offered: why not."""
+    experts: ExpertShape | None = None
+    """None: not a mixture of experts, or they can't be moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """One data-parallel attention rank; fields as in coordinator.proto."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    kv_tokens: int = 0
+    queued_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +266,26 @@ class EngineStats:
     kv_refused: int = 0
     leases_expired: int = 0
     kv_tiers: tuple[TierStats, ...] = ()
+    ranks: tuple[RankStats, ...] = ()
+    """Empty: one rank, which the figures above are of."""
+    adapters: tuple[str, ...] = ()
+    expert_tokens: tuple[int, ...] = ()
+    """Tokens routed to each logical expert since the last call, layers x logical, row by row."""
+    expert_map: ExpertMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class KvEvents:
-    """Changes of the prefix cache, in order; `snapshot` means `stored` is all there is."""
+    """Changes of the prefix cache, in order; `snapshot`: `stored` and `lower` are all there is.
+
+    A key is in one of the three lists.
+    """
 
     stored: tuple[bytes, ...] = ()
     removed: tuple[bytes, ...] = ()
     snapshot: bool = False
+    lower: tuple[bytes, ...] = ()
+    """Only in a tier under the pool from now on."""
 
 
 class Engine(Protocol):

@@ -10,6 +10,7 @@ from kvtransfer.policy import ExportPolicy
 from services.engine.api import (
     EngineFault,
     EngineStats,
+    ExpertMap,
     FinishReason,
     KvPrefix,
     KvReport,
@@ -206,6 +207,16 @@ def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
         kv_refused=stats.kv_refused,
         leases_expired=stats.leases_expired,
         kv_tiers=[coordinator_pb2.KvTier(**asdict(tier)) for tier in stats.kv_tiers],
+        ranks=[coordinator_pb2.RankStats(**asdict(rank)) for rank in stats.ranks],
+        adapters=stats.adapters,
+        expert_tokens=stats.expert_tokens,
+        expert_map=None if stats.expert_map is None else _map_to(stats.expert_map),
+    )
+
+
+def _map_to(experts: ExpertMap) -> coordinator_pb2.ExpertMap:
+    return coordinator_pb2.ExpertMap(
+        physical_to_logical=experts.physical_to_logical, plan=experts.plan
     )
 
 

@@ -143,6 +143,13 @@ class OverloadedError(RetryableError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class SloUnattainableError(RetryableError):
+    """Refused at once: the service level asked for can't be had now."""
+
+    reason = "SLO_UNATTAINABLE"
+    code = "RESOURCE_EXHAUSTED"
+
+
 class EngineOverloadedError(RetryableError):
     """A worker has no room; the request can be placed elsewhere."""
 

@@ -353,7 +353,7 @@ class World(Book):
         kind = self.random.choice(["kill", "hang", "drain", "flap", "join", "stall", "restart"])
         living = [w for w in self.workers if w.alive]
         if kind == "join" and len(living) < 8:
-            self.start_worker(self.random.choice(list(m.Role)))
+            self.start_worker(self.random.choice([m.Role.PREFILL, m.Role.DECODE]))
         elif kind == "stall":
             lasts = self.random.choice([0.1, 1.0, 4.0])
             self.stall_until = max(self.stall_until, self.now + lasts)

@@ -18,6 +18,48 @@ class Role(enum.Enum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it runs prompts for others."""
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it generates."""
+        return self is not Role.PREFILL
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """How a worker's experts can be placed; fields as in coordinator.proto."""
+
+    layers: int
+    logical: int
+    physical: int
+    groups: int
+    hosts: int
+    gpus: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """Logical expert in each place: layers x physical, row by row."""
+
+    physical_to_logical: tuple[int, ...]
+    plan: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """One copy of an expert's weights, from a place to another of the same layer."""
+
+    layer: int
+    expert: int
+    from_place: int
+    to_place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +84,11 @@ class WorkerInfo:
     """Where its KV may go. The worker itself enforces it."""
     kv_transports: tuple[str, ...] = ()
     kv_not_offered: Mapping[str, str] = field(default_factory=dict)
+    can_be: tuple[Role, ...] = ()
+    nvlink_domain: str = ""
+    cost: float = 0.0
+    kv_block_bytes: int = 0
+    experts: ExpertShape | None = None
 
     def may_send_to(self, other: WorkerInfo, tenant: str) -> bool:
         """Whether this worker would let a tenant's KV go to that one."""
@@ -51,6 +98,26 @@ class WorkerInfo:
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold this many tokens."""
         return -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class RankStats:
+    """One data-parallel attention rank; fields as in coordinator.proto."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    kv_tokens: int = 0
+    queued_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvRate:
+    """What was fetched over one transport since start."""
+
+    transport: str
+    bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +143,12 @@ class WorkerStats:
     """As it came: it is handed on to whoever asks for the status, and means nothing here."""
     kv_tiers: tuple[object, ...] = ()
     """The same."""
+    kv_rates: tuple[KvRate, ...] = ()
+    """What of kv_traffic means something here."""
+    ranks: tuple[RankStats, ...] = ()
+    adapters: tuple[str, ...] = ()
+    expert_tokens: tuple[int, ...] = ()
+    expert_map: ExpertMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +165,13 @@ class PlaceRequest:
     frontend_id: str = ""
     kv_layout: str = ""
     tenant: str = ""
+    priority: int = 0
+    session: str = ""
+    adapter: str = ""
+    region: str = ""
+    allowed_regions: frozenset[str] = frozenset()
+    ttft_seconds: float = 0.0
+    itl_seconds: float = 0.0
 
 
 # Events: what happened.
@@ -123,6 +203,8 @@ class WorkerKvEvents:
     snapshot: bool
     stored: tuple[bytes, ...] = ()
     removed: tuple[bytes, ...] = ()
+    lower: tuple[bytes, ...] = ()
+    """Only in a tier under the pool from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +212,14 @@ class WorkerDraining:
     """A worker wants no new requests."""
 
     stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRoleChanged:
+    """A worker serves something else from now on."""
+
+    stream: int
+    role: Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +254,9 @@ class AttemptEnded:
     failed_worker: str = ""
     failure: str = ""
     unreachable: bool = False
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0
+    computed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +269,7 @@ Event = (
     | WorkerHeartbeat
     | WorkerKvEvents
     | WorkerDraining
+    | WorkerRoleChanged
     | StreamLost
     | PlaceRequested
     | PlaceCancelled
@@ -200,6 +294,25 @@ class AskResync:
     """Ask the worker for a snapshot of its KV keys."""
 
     stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskRole:
+    """Ask the worker to serve something else."""
+
+    stream: int
+    role: Role
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskExperts:
+    """Ask the worker to move experts."""
+
+    stream: int
+    plan: ExpertMap
+    moves: tuple[ExpertMove, ...]
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +351,10 @@ class Placement:
     prefill: Chosen | None
     reasons: tuple[str, ...]
     prefix: Holder | None = None
+    ttft_seconds: float = 0.0
+    """As predicted, from the decision on; 0: nothing is measured yet."""
+    itl_seconds: float = 0.0
+    """The same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +371,7 @@ class Reason(enum.Enum):
 
     NO_WORKERS = "NO_WORKERS"
     OVERLOADED = "OVERLOADED"
+    SLO_UNATTAINABLE = "SLO_UNATTAINABLE"
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     DEADLINE = "DEADLINE"
     INVALID_REQUEST = "INVALID_REQUEST"
@@ -277,4 +395,6 @@ class RefusePlacement:
     refusal: Refusal
 
 
-Command = GrantLease | AskResync | DropWorker | AnswerPlacement | RefusePlacement
+Command = (
+    GrantLease | AskResync | AskRole | AskExperts | DropWorker | AnswerPlacement | RefusePlacement
+)

@@ -32,6 +32,8 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     """Runs prompts."""
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 2
     """Generates; runs short prompts itself."""
+    WORKER_ROLE_BOTH: _WorkerRole.ValueType  # 3
+    """Both at once."""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper):
     """What a worker serves."""
@@ -42,6 +44,8 @@ WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 1
 """Runs prompts."""
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 2
 """Generates; runs short prompts itself."""
+WORKER_ROLE_BOTH: WorkerRole.ValueType  # 3
+"""Both at once."""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 @_typing.final
@@ -87,6 +91,11 @@ class WorkerInfo(_message.Message):
     EXPORT_RULES_FIELD_NUMBER: _builtins.int
     KV_TRANSPORTS_FIELD_NUMBER: _builtins.int
     KV_NOT_OFFERED_FIELD_NUMBER: _builtins.int
+    CAN_BE_FIELD_NUMBER: _builtins.int
+    NVLINK_DOMAIN_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique to this process: its name, a dash, a random suffix."""
     role: Global___WorkerRole.ValueType
@@ -115,6 +124,12 @@ class WorkerInfo(_message.Message):
     """Data-parallel attention ranks, at least 1."""
     pid: _builtins.int
     """Operating system process id, for `tandem status` on one host."""
+    nvlink_domain: _builtins.str
+    """Label of the NVLink domain that its GPUs are in; equal: KV goes over NVLink. Empty: none."""
+    cost: _builtins.float
+    """What it costs, in any unit that all workers share; 0: not told."""
+    kv_block_bytes: _builtins.int
+    """Bytes of one KV block; 0: not told."""
     @_builtins.property
     def export_rules(self) -> Global___ExportRules:
         """Where its KV blocks may go; absent: anywhere."""
@@ -126,6 +141,14 @@ class WorkerInfo(_message.Message):
     @_builtins.property
     def kv_not_offered(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """KV transports that it was told to offer and can't: name to why not."""
+
+    @_builtins.property
+    def can_be(self) -> _containers.RepeatedScalarFieldContainer[Global___WorkerRole.ValueType]:
+        """Roles that it can change to while it runs, its present one among them; empty: none."""
+
+    @_builtins.property
+    def experts(self) -> Global___ExpertShape:
+        """Its experts; absent: not a mixture of experts, or they can't be moved."""
 
     def __init__(
         self,
@@ -147,14 +170,93 @@ class WorkerInfo(_message.Message):
         export_rules: Global___ExportRules | None = ...,
         kv_transports: _abc.Iterable[_builtins.str] | None = ...,
         kv_not_offered: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        can_be: _abc.Iterable[Global___WorkerRole.ValueType] | None = ...,
+        nvlink_domain: _builtins.str = ...,
+        cost: _builtins.float = ...,
+        kv_block_bytes: _builtins.int = ...,
+        experts: Global___ExpertShape | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["export_rules", b"export_rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "export_rules", b"export_rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "dp_ranks", b"dp_ranks", "export_rules", b"export_rules", "host", b"host", "kv_layout", b"kv_layout", "kv_not_offered", b"kv_not_offered", "kv_transports", b"kv_transports", "max_running", b"max_running", "model", b"model", "numerics", b"numerics", "pid", b"pid", "region", b"region", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_tokens", b"block_tokens", "can_be", b"can_be", "context_tokens", b"context_tokens", "cost", b"cost", "dp_ranks", b"dp_ranks", "experts", b"experts", "export_rules", b"export_rules", "host", b"host", "kv_block_bytes", b"kv_block_bytes", "kv_layout", b"kv_layout", "kv_not_offered", b"kv_not_offered", "kv_transports", b"kv_transports", "max_running", b"max_running", "model", b"model", "numerics", b"numerics", "nvlink_domain", b"nvlink_domain", "pid", b"pid", "region", b"region", "role", b"role", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class ExpertShape(_message.Message):
+    """How the experts of a worker's expert-parallel group can be placed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    LOGICAL_FIELD_NUMBER: _builtins.int
+    PHYSICAL_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    EXPERT_BYTES_FIELD_NUMBER: _builtins.int
+    layers: _builtins.int
+    """Layers with routed experts."""
+    logical: _builtins.int
+    """Routed experts of a layer."""
+    physical: _builtins.int
+    """Places for experts in a layer, all GPUs together: logical ones and copies."""
+    groups: _builtins.int
+    """Groups that a layer's experts are routed by."""
+    hosts: _builtins.int
+    """Nodes of the group."""
+    gpus: _builtins.int
+    """GPUs of the group, all nodes together."""
+    expert_bytes: _builtins.int
+    """Weight bytes of one expert of one layer."""
+    def __init__(
+        self,
+        *,
+        layers: _builtins.int = ...,
+        logical: _builtins.int = ...,
+        physical: _builtins.int = ...,
+        groups: _builtins.int = ...,
+        hosts: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        expert_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_bytes", b"expert_bytes", "gpus", b"gpus", "groups", b"groups", "hosts", b"hosts", "layers", b"layers", "logical", b"logical", "physical", b"physical"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertShape: _TypeAlias = ExpertShape  # noqa: Y015
+
+@_typing.final
+class ExpertMap(_message.Message):
+    """Which logical expert is in each place, layer by layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHYSICAL_TO_LOGICAL_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    plan: _builtins.int
+    """Number of the plan that it came of; 0: the worker's own."""
+    @_builtins.property
+    def physical_to_logical(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """layers x physical logical expert numbers, row by row."""
+
+    def __init__(
+        self,
+        *,
+        physical_to_logical: _abc.Iterable[_builtins.int] | None = ...,
+        plan: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["physical_to_logical", b"physical_to_logical", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertMap: _TypeAlias = ExpertMap  # noqa: Y015
 
 @_typing.final
 class Regions(_message.Message):
@@ -412,6 +514,10 @@ class WorkerStats(_message.Message):
     KV_REFUSED_FIELD_NUMBER: _builtins.int
     LEASES_EXPIRED_FIELD_NUMBER: _builtins.int
     KV_TIERS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERT_MAP_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests in the batch."""
     waiting: _builtins.int
@@ -452,6 +558,24 @@ class WorkerStats(_message.Message):
     def kv_tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvTier]:
         """Tiers under the pool, from the top; none if it has none."""
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStats]:
+        """Its data-parallel attention ranks, in order; empty: one, which the figures above are of."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters loaded."""
+
+    @_builtins.property
+    def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens routed to each logical expert since the last report with any, layers x logical, row by
+        row; empty: nothing to report.
+        """
+
+    @_builtins.property
+    def expert_map(self) -> Global___ExpertMap:
+        """Where its experts are, with the first report and after each change."""
+
     def __init__(
         self,
         *,
@@ -472,14 +596,56 @@ class WorkerStats(_message.Message):
         kv_refused: _builtins.int = ...,
         leases_expired: _builtins.int = ...,
         kv_tiers: _abc.Iterable[Global___KvTier] | None = ...,
+        ranks: _abc.Iterable[Global___RankStats] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        expert_map: Global___ExpertMap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expert_map", b"expert_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_tiers", b"kv_tiers", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "expert_map", b"expert_map", "expert_tokens", b"expert_tokens", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_tiers", b"kv_tiers", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "ranks", b"ranks", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
+
+@_typing.final
+class RankStats(_message.Message):
+    """One data-parallel attention rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    running: _builtins.int
+    """Requests in its batch."""
+    waiting: _builtins.int
+    """Requests that wait for it."""
+    free_blocks: _builtins.int
+    """KV blocks free or evictable."""
+    kv_tokens: _builtins.int
+    """Tokens that its running requests have KV for."""
+    queued_tokens: _builtins.int
+    """Prompt tokens accepted and not yet computed."""
+    def __init__(
+        self,
+        *,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        free_blocks: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_blocks", b"free_blocks", "kv_tokens", b"kv_tokens", "queued_tokens", b"queued_tokens", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankStats: _TypeAlias = RankStats  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -545,6 +711,7 @@ class KvEvents(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1 for the first message after Hello or Resync, then one more each time."""
     snapshot: _builtins.bool
@@ -557,6 +724,12 @@ class KvEvents(_message.Message):
     def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys that cannot."""
 
+    @_builtins.property
+    def lower(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Keys of blocks that are only in a tier under the pool from now on, and can be reused or fetched
+        from there. A key is in one of the three lists, and its last mention counts.
+        """
+
     def __init__(
         self,
         *,
@@ -564,10 +737,11 @@ class KvEvents(_message.Message):
         snapshot: _builtins.bool = ...,
         stored: _abc.Iterable[_builtins.bytes] | None = ...,
         removed: _abc.Iterable[_builtins.bytes] | None = ...,
+        lower: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lower", b"lower", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -591,6 +765,28 @@ class Draining(_message.Message):
 Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
+class RoleChanged(_message.Message):
+    """The worker serves this from now on; what it runs in its former role finishes or moves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    role: Global___WorkerRole.ValueType
+    """What it serves."""
+    def __init__(
+        self,
+        *,
+        role: Global___WorkerRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoleChanged: _TypeAlias = RoleChanged  # noqa: Y015
+
+@_typing.final
 class RegisterRequest(_message.Message):
     """From worker to coordinator."""
 
@@ -600,6 +796,7 @@ class RegisterRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ROLE_CHANGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First."""
@@ -616,6 +813,10 @@ class RegisterRequest(_message.Message):
     def draining(self) -> Global___Draining:
         """Leaving."""
 
+    @_builtins.property
+    def role_changed(self) -> Global___RoleChanged:
+        """Serving something else."""
+
     def __init__(
         self,
         *,
@@ -623,12 +824,13 @@ class RegisterRequest(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         kv_events: Global___KvEvents | None = ...,
         draining: Global___Draining | None = ...,
+        role_changed: Global___RoleChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv_events", b"kv_events", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv_events", b"kv_events", "message", b"message", "role_changed", b"role_changed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv_events", b"kv_events", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "kv_events", b"kv_events", "message", b"message", "role_changed", b"role_changed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "kv_events", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "kv_events", "draining", "role_changed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -678,6 +880,106 @@ class Resync(_message.Message):
 Global___Resync: _TypeAlias = Resync  # noqa: Y015
 
 @_typing.final
+class ChangeRole(_message.Message):
+    """The balance of the pools calls for it. The worker answers with RoleChanged, or not at all if it
+    can't.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    role: Global___WorkerRole.ValueType
+    """What to serve."""
+    why: _builtins.str
+    """Why, in one sentence."""
+    def __init__(
+        self,
+        *,
+        role: Global___WorkerRole.ValueType = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeRole: _TypeAlias = ChangeRole  # noqa: Y015
+
+@_typing.final
+class ExpertPlan(_message.Message):
+    """Expert replicas to copy, and where experts then are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    MAP_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    plan: _builtins.int
+    """Grows with each plan; a worker takes none that is not newer than its own."""
+    why: _builtins.str
+    """What it is expected to gain, in one sentence."""
+    @_builtins.property
+    def map(self) -> Global___ExpertMap:
+        """Where experts are to be."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertMove]:
+        """Copies to make, in order."""
+
+    def __init__(
+        self,
+        *,
+        plan: _builtins.int = ...,
+        map: Global___ExpertMap | None = ...,
+        moves: _abc.Iterable[Global___ExpertMove] | None = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["map", b"map"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["map", b"map", "moves", b"moves", "plan", b"plan", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertPlan: _TypeAlias = ExpertPlan  # noqa: Y015
+
+@_typing.final
+class ExpertMove(_message.Message):
+    """One copy of an expert's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    FROM_PLACE_FIELD_NUMBER: _builtins.int
+    TO_PLACE_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Layer, counted among those with routed experts."""
+    expert: _builtins.int
+    """Logical expert."""
+    from_place: _builtins.int
+    """Place that has it before the plan."""
+    to_place: _builtins.int
+    """Place that is to get it."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        expert: _builtins.int = ...,
+        from_place: _builtins.int = ...,
+        to_place: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert", b"expert", "from_place", b"from_place", "layer", b"layer", "to_place", b"to_place"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertMove: _TypeAlias = ExpertMove  # noqa: Y015
+
+@_typing.final
 class RegisterResponse(_message.Message):
     """From coordinator to worker."""
 
@@ -685,6 +987,8 @@ class RegisterResponse(_message.Message):
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
+    CHANGE_ROLE_FIELD_NUMBER: _builtins.int
+    EXPERT_PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """Answer to Hello."""
@@ -693,17 +997,27 @@ class RegisterResponse(_message.Message):
     def resync(self) -> Global___Resync:
         """Send a KV snapshot."""
 
+    @_builtins.property
+    def change_role(self) -> Global___ChangeRole:
+        """Serve something else."""
+
+    @_builtins.property
+    def expert_plan(self) -> Global___ExpertPlan:
+        """Move experts."""
+
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         resync: Global___Resync | None = ...,
+        change_role: Global___ChangeRole | None = ...,
+        expert_plan: Global___ExpertPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "message", b"message", "resync", b"resync"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "change_role", b"change_role", "expert_plan", b"expert_plan", "message", b"message", "resync", b"resync"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "message", b"message", "resync", b"resync"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "change_role", b"change_role", "expert_plan", b"expert_plan", "message", b"message", "resync", b"resync"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["accepted", "resync"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["accepted", "resync", "change_role", "expert_plan"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -725,6 +1039,13 @@ class PlaceRequest(_message.Message):
     FRONTEND_ID_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    ALLOWED_REGIONS_FIELD_NUMBER: _builtins.int
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    ITL_SECONDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     attempt: _builtins.int
@@ -741,6 +1062,18 @@ class PlaceRequest(_message.Message):
     """Fingerprint of the KV layout that block_keys were salted with."""
     tenant: _builtins.str
     """Tenant whose request it is."""
+    priority: _builtins.int
+    """Higher ones are served first; 0 is usual."""
+    session: _builtins.str
+    """Requests with the same one are kept together where that costs nothing; empty: none."""
+    adapter: _builtins.str
+    """LoRA adapter wanted; empty: none."""
+    region: _builtins.str
+    """Region of the frontend that asks."""
+    ttft_seconds: _builtins.float
+    """Seconds to the first token, from now, beyond which it is better refused; 0: no such limit."""
+    itl_seconds: _builtins.float
+    """Seconds between tokens beyond which it is better refused; 0: no such limit."""
     @_builtins.property
     def block_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Keys of the full blocks of the prompt (and of tokens generated so far), in order."""
@@ -748,6 +1081,10 @@ class PlaceRequest(_message.Message):
     @_builtins.property
     def exclude_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers not to use: they failed this request."""
+
+    @_builtins.property
+    def allowed_regions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Regions that may compute and hold the request; empty: any."""
 
     def __init__(
         self,
@@ -762,10 +1099,17 @@ class PlaceRequest(_message.Message):
         frontend_id: _builtins.str = ...,
         kv_layout: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        session: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        region: _builtins.str = ...,
+        allowed_regions: _abc.Iterable[_builtins.str] | None = ...,
+        ttft_seconds: _builtins.float = ...,
+        itl_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "kv_layout", b"kv_layout", "max_tokens", b"max_tokens", "model", b"model", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allowed_regions", b"allowed_regions", "attempt", b"attempt", "block_keys", b"block_keys", "context_tokens", b"context_tokens", "exclude_workers", b"exclude_workers", "frontend_id", b"frontend_id", "itl_seconds", b"itl_seconds", "kv_layout", b"kv_layout", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "region", b"region", "request_id", b"request_id", "session", b"session", "tenant", b"tenant", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,8 +1160,17 @@ class PlaceResponse(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    PREDICTED_ITL_SECONDS_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
     queued_seconds: _builtins.float
     """Seconds spent in the admission queue."""
+    predicted_ttft_seconds: _builtins.float
+    """Seconds from now to the first token, as predicted; 0: nothing is measured yet."""
+    predicted_itl_seconds: _builtins.float
+    """Seconds between tokens, as predicted; 0: nothing is measured yet."""
+    coordinator_id: _builtins.str
+    """Coordinator that decided."""
     @_builtins.property
     def prefill(self) -> Global___PlacedWorker:
         """Runs the prompt. Absent: the decode worker does."""
@@ -844,10 +1197,13 @@ class PlaceResponse(_message.Message):
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         queued_seconds: _builtins.float = ...,
         prefix: _generation_pb2.KvPrefix | None = ...,
+        predicted_ttft_seconds: _builtins.float = ...,
+        predicted_itl_seconds: _builtins.float = ...,
+        coordinator_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "prefix", b"prefix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "prefix", b"prefix", "queued_seconds", b"queued_seconds", "reasons", b"reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "decode", b"decode", "predicted_itl_seconds", b"predicted_itl_seconds", "predicted_ttft_seconds", b"predicted_ttft_seconds", "prefill", b"prefill", "prefix", b"prefix", "queued_seconds", b"queued_seconds", "reasons", b"reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -864,6 +1220,9 @@ class ReportRequest(_message.Message):
     FAILED_WORKER_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Public request id."""
     attempt: _builtins.int
@@ -874,6 +1233,12 @@ class ReportRequest(_message.Message):
     """Reason code of the failure (docs/errors.md)."""
     unreachable: _builtins.bool
     """The worker could not be reached or its stream broke: avoid it until it is heard of again."""
+    generated_tokens: _builtins.int
+    """Tokens that the attempt generated."""
+    ttft_seconds: _builtins.float
+    """Seconds from the placement to the attempt's first token; 0: there was none."""
+    computed_tokens: _builtins.int
+    """Prompt tokens that were computed for the attempt, wherever."""
     def __init__(
         self,
         *,
@@ -882,10 +1247,13 @@ class ReportRequest(_message.Message):
         failed_worker: _builtins.str = ...,
         failure: _builtins.str = ...,
         unreachable: _builtins.bool = ...,
+        generated_tokens: _builtins.int = ...,
+        ttft_seconds: _builtins.float = ...,
+        computed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failed_worker", b"failed_worker", "failure", b"failure", "request_id", b"request_id", "unreachable", b"unreachable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "computed_tokens", b"computed_tokens", "failed_worker", b"failed_worker", "failure", b"failure", "generated_tokens", b"generated_tokens", "request_id", b"request_id", "ttft_seconds", b"ttft_seconds", "unreachable", b"unreachable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1019,12 +1387,15 @@ class WorkerStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     SILENT_SECONDS_FIELD_NUMBER: _builtins.int
     KNOWN_BLOCKS_FIELD_NUMBER: _builtins.int
+    AVOIDED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Not taking new requests."""
     silent_seconds: _builtins.float
     """Seconds since it was heard of."""
     known_blocks: _builtins.int
     """Keys known to be in its prefix cache."""
+    avoided: _builtins.str
+    """Why it is avoided although it is up; empty: it is not."""
     @_builtins.property
     def info(self) -> Global___WorkerInfo:
         """Who."""
@@ -1041,10 +1412,11 @@ class WorkerStatus(_message.Message):
         draining: _builtins.bool = ...,
         silent_seconds: _builtins.float = ...,
         known_blocks: _builtins.int = ...,
+        avoided: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "info", b"info", "known_blocks", b"known_blocks", "silent_seconds", b"silent_seconds", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoided", b"avoided", "draining", b"draining", "info", b"info", "known_blocks", b"known_blocks", "silent_seconds", b"silent_seconds", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1082,6 +1454,7 @@ class GetStatusResponse(_message.Message):
     PLACED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     coordinator_id: _builtins.str
     """New for each start of the coordinator."""
     queued: _builtins.int
@@ -1098,6 +1471,10 @@ class GetStatusResponse(_message.Message):
     def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests refused since start, by reason code."""
 
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Other coordinators that it knows of, by address."""
+
     def __init__(
         self,
         *,
@@ -1107,11 +1484,328 @@ class GetStatusResponse(_message.Message):
         placed: _builtins.int = ...,
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         uptime_seconds: _builtins.float = ...,
+        peers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "placed", b"placed", "queued", b"queued", "refused", b"refused", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "peers", b"peers", "placed", b"placed", "queued", b"queued", "refused", b"refused", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Which request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Public request id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """All that is remembered of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    COORDINATOR_ID_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
+    coordinator_id: _builtins.str
+    """Coordinator that answers."""
+    remembered: _builtins.int
+    """Decisions that this coordinator remembers."""
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
+        """Its attempts, oldest first; none if it is not known here (any more)."""
+
+    def __init__(
+        self,
+        *,
+        attempts: _abc.Iterable[Global___Explanation] | None = ...,
+        coordinator_id: _builtins.str = ...,
+        remembered: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "coordinator_id", b"coordinator_id", "remembered", b"remembered"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """One decision, and what came of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ASKED_SECONDS_AGO_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
+    CONSIDERED_FIELD_NUMBER: _builtins.int
+    QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    PREDICTED_TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    PREDICTED_ITL_SECONDS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    FAILED_WORKER_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Attempt number."""
+    asked_seconds_ago: _builtins.float
+    """Seconds ago that it was asked for."""
+    queued_seconds: _builtins.float
+    """Seconds in the queue."""
+    outcome: _builtins.str
+    """In a word: "waiting", "placed", "refused", "cancelled"."""
+    refusal: _builtins.str
+    """Reason code of the refusal."""
+    predicted_ttft_seconds: _builtins.float
+    """Seconds to the first token, as predicted; 0: not."""
+    predicted_itl_seconds: _builtins.float
+    """Seconds between tokens, as predicted; 0: not."""
+    ended: _builtins.bool
+    """Its end was reported."""
+    failed_worker: _builtins.str
+    """Worker that failed it; empty if none did."""
+    failure: _builtins.str
+    """Reason code of the failure."""
+    generated_tokens: _builtins.int
+    """Tokens generated."""
+    ttft_seconds: _builtins.float
+    """Seconds from the placement to the first token, as measured; 0: none."""
+    @_builtins.property
+    def wanted(self) -> Global___Wanted:
+        """What was asked for."""
+
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wait]:
+        """What it waited for, in order; the last one may go on."""
+
+    @_builtins.property
+    def considered(self) -> _containers.RepeatedCompositeFieldContainer[Global___Considered]:
+        """Workers looked at in the last decision, best first within a role."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why, one short sentence each."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        asked_seconds_ago: _builtins.float = ...,
+        wanted: Global___Wanted | None = ...,
+        waits: _abc.Iterable[Global___Wait] | None = ...,
+        considered: _abc.Iterable[Global___Considered] | None = ...,
+        queued_seconds: _builtins.float = ...,
+        outcome: _builtins.str = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        refusal: _builtins.str = ...,
+        predicted_ttft_seconds: _builtins.float = ...,
+        predicted_itl_seconds: _builtins.float = ...,
+        ended: _builtins.bool = ...,
+        failed_worker: _builtins.str = ...,
+        failure: _builtins.str = ...,
+        generated_tokens: _builtins.int = ...,
+        ttft_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wanted", b"wanted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_seconds_ago", b"asked_seconds_ago", "attempt", b"attempt", "considered", b"considered", "ended", b"ended", "failed_worker", b"failed_worker", "failure", b"failure", "generated_tokens", b"generated_tokens", "outcome", b"outcome", "predicted_itl_seconds", b"predicted_itl_seconds", "predicted_ttft_seconds", b"predicted_ttft_seconds", "queued_seconds", b"queued_seconds", "reasons", b"reasons", "refusal", b"refusal", "ttft_seconds", b"ttft_seconds", "waits", b"waits", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class Wanted(_message.Message):
+    """The parts of a request that decide where it goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    ITL_SECONDS_FIELD_NUMBER: _builtins.int
+    EXCLUDE_WORKERS_FIELD_NUMBER: _builtins.int
+    ALLOWED_REGIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model name."""
+    tenant: _builtins.str
+    """Tenant."""
+    priority: _builtins.int
+    """Priority."""
+    session: _builtins.str
+    """Session."""
+    adapter: _builtins.str
+    """LoRA adapter."""
+    context_tokens: _builtins.int
+    """Tokens to have KV for."""
+    max_tokens: _builtins.int
+    """Tokens it may generate."""
+    deadline_seconds: _builtins.float
+    """Seconds it had until its deadline; 0: none."""
+    ttft_seconds: _builtins.float
+    """Seconds to the first token that it asked for; 0: none."""
+    itl_seconds: _builtins.float
+    """Seconds between tokens that it asked for; 0: none."""
+    @_builtins.property
+    def exclude_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers not to use."""
+
+    @_builtins.property
+    def allowed_regions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Regions allowed; empty: any."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        session: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        context_tokens: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+        deadline_seconds: _builtins.float = ...,
+        ttft_seconds: _builtins.float = ...,
+        itl_seconds: _builtins.float = ...,
+        exclude_workers: _abc.Iterable[_builtins.str] | None = ...,
+        allowed_regions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allowed_regions", b"allowed_regions", "context_tokens", b"context_tokens", "deadline_seconds", b"deadline_seconds", "exclude_workers", b"exclude_workers", "itl_seconds", b"itl_seconds", "max_tokens", b"max_tokens", "model", b"model", "priority", b"priority", "session", b"session", "tenant", b"tenant", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wanted: _TypeAlias = Wanted  # noqa: Y015
+
+@_typing.final
+class Wait(_message.Message):
+    """A time in the queue, for one reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHY_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    why: _builtins.str
+    """What for."""
+    seconds: _builtins.float
+    """How long."""
+    def __init__(
+        self,
+        *,
+        why: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wait: _TypeAlias = Wait  # noqa: Y015
+
+@_typing.final
+class Considered(_message.Message):
+    """A worker that was looked at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScoresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_SECONDS_FIELD_NUMBER: _builtins.int
+    DP_RANK_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Its id."""
+    role: Global___WorkerRole.ValueType
+    """What for."""
+    chosen: _builtins.bool
+    """It won."""
+    rejected: _builtins.str
+    """Why it was out; empty: it was not."""
+    score: _builtins.float
+    """Its score, a weighted sum."""
+    cached_tokens: _builtins.int
+    """Prompt tokens it held."""
+    prompt_seconds: _builtins.float
+    """Seconds until it would have the prompt done, as predicted."""
+    dp_rank: _builtins.int
+    """Data-parallel rank that would have taken it."""
+    @_builtins.property
+    def scores(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By scorer, before weighting: 0 to 1."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        role: Global___WorkerRole.ValueType = ...,
+        chosen: _builtins.bool = ...,
+        rejected: _builtins.str = ...,
+        score: _builtins.float = ...,
+        scores: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        cached_tokens: _builtins.int = ...,
+        prompt_seconds: _builtins.float = ...,
+        dp_rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "chosen", b"chosen", "dp_rank", b"dp_rank", "prompt_seconds", b"prompt_seconds", "rejected", b"rejected", "role", b"role", "score", b"score", "scores", b"scores", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Considered: _TypeAlias = Considered  # noqa: Y015

@@ -55,6 +55,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tandem.coordinator.v1.CoordinatorService/Explain',
+                request_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -90,6 +95,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request went where it did, waited or was refused, as far as it is remembered here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusRequest.FromString,
                     response_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainRequest.FromString,
+                    response_serializer=tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class CoordinatorService(object):
             '/tandem.coordinator.v1.CoordinatorService/GetStatus',
             tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusRequest.SerializeToString,
             tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.coordinator.v1.CoordinatorService/Explain',
+            tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainRequest.SerializeToString,
+            tandem_dot_coordinator_dot_v1_dot_coordinator__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,8 @@ class CoordinatorServiceStub:
     """What frontends must know of the models served: how to hash prompts, how long they may be."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
     """What is there: workers, load, queue."""
+    Explain: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ExplainRequest, _coordinator_pb2.ExplainResponse]
+    """Why a request went where it did, waited or was refused, as far as it is remembered here."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decisions for frontends. No token and no KV byte passes through here."""
@@ -63,6 +65,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_coordinator_pb2.GetStatusRequest, _abc.Awaitable[_coordinator_pb2.GetStatusResponse]],
     ) -> _abc.Awaitable[_coordinator_pb2.GetStatusResponse]:
         """What is there: workers, load, queue."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _coordinator_pb2.ExplainRequest,
+        context: _aio.ServicerContext[_coordinator_pb2.ExplainRequest, _abc.Awaitable[_coordinator_pb2.ExplainResponse]],
+    ) -> _abc.Awaitable[_coordinator_pb2.ExplainResponse]:
+        """Why a request went where it did, waited or was refused, as far as it is remembered here."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _aio.Server) -> None: ...
 

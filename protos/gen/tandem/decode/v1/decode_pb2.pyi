@@ -227,10 +227,15 @@ class RequestOutput(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    MOVING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Which request."""
     finish_reason: _generation_pb2.FinishReason.ValueType
     """Set in the last output of the request."""
+    moving: _builtins.bool
+    """The worker is leaving or changes its role: place the request elsewhere. Its tokens go on
+    meanwhile, for a while; its KV can be fetched from here.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, in order."""
@@ -256,10 +261,11 @@ class RequestOutput(_message.Message):
         finish_reason: _generation_pb2.FinishReason.ValueType = ...,
         error: _generation_pb2.Error | None = ...,
         kv: _generation_pb2.KvReport | None = ...,
+        moving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "kv", b"kv", "logprobs", b"logprobs", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "kv", b"kv", "logprobs", b"logprobs", "moving", b"moving", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,12 +106,21 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    SERVICE_LEVEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name as ListModels gives it. Empty: the only model served."""
     prompt: _builtins.str
     """Raw text, tokenized as it is."""
     request_id: _builtins.str
     """The client's own id, echoed; letters, digits and "-_.:" only, at most 128. Empty: made by the frontend."""
+    priority: _builtins.int
+    """Higher ones are served first, -100 to 100; 0 is usual."""
+    session: _builtins.str
+    """Requests with the same one (a conversation's, say) are kept together where that costs nothing;
+    at most 128 characters.
+    """
     @_builtins.property
     def chat(self) -> Global___ChatInput:
         """A conversation, rendered by the model's chat template."""
@@ -128,6 +137,10 @@ class GenerateRequest(_message.Message):
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these in the text; at most 16, each 1 to 256 characters."""
 
+    @_builtins.property
+    def service_level(self) -> Global___ServiceLevel:
+        """What is asked of the service; absent: nothing beyond the deadline."""
+
     def __init__(
         self,
         *,
@@ -138,16 +151,45 @@ class GenerateRequest(_message.Message):
         sampling: _generation_pb2.SamplingParams | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        session: _builtins.str = ...,
+        service_level: Global___ServiceLevel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "service_level", b"service_level", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "service_level", b"service_level", "session", b"session", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ServiceLevel(_message.Message):
+    """Limits beyond which a request is better refused at once than served late. 0: none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_SECONDS_FIELD_NUMBER: _builtins.int
+    ITL_SECONDS_FIELD_NUMBER: _builtins.int
+    ttft_seconds: _builtins.float
+    """Seconds to the first token."""
+    itl_seconds: _builtins.float
+    """Seconds between tokens."""
+    def __init__(
+        self,
+        *,
+        ttft_seconds: _builtins.float = ...,
+        itl_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["itl_seconds", b"itl_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServiceLevel: _TypeAlias = ServiceLevel  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
