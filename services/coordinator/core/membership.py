@@ -80,6 +80,8 @@ class Worker:
     """Number of the last placement that it got; 0 before the first."""
     turns: int = 0
     """Placements that it got."""
+    avoided: str = ""
+    """Why it gets only what nobody else can take; empty: it does not."""
     capacity: int = field(init=False)
     """Most tokens of one request that it can hold."""
 

@@ -1,5 +1,7 @@
 """Workers that can work together: one model, one KV layout. Kept in order of load.
 
+A pool has two sides, one for each half of a request's work; a worker of role BOTH is on both.
+
 A decision looks at some holders of the prompt's prefix and at some of the least loaded workers,
 not at every worker; so it costs the same with fifty workers and with a thousand. To that end a pool
 keeps the workers that have room on coarse levels of load. A worker that gets a request goes to the
@@ -8,36 +10,36 @@ end of its level, so that equals take turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from services.coordinator.core.membership import Standing, Worker
 from services.coordinator.core.messages import Role
 
 LEVELS = 16
+AVOIDED = LEVELS
+"""The level after the last: workers that get what nobody else can take."""
 
 
-def level(worker: Worker) -> int | None:
-    """How loaded a worker is, 0 (idle) to LEVELS - 1; None if it has no room.
+def prefill_level(worker: Worker) -> int:
+    """Its queue, on a logarithmic scale from 64 tokens on, since queues have no natural end."""
+    return min(LEVELS - 1, (worker.load.queued_tokens // 64).bit_length())
 
-    Decode: the fuller of batch and KV pool. Prefill: its queue, on a logarithmic scale from 64
-    tokens on, since queues have no natural end.
-    """
+
+def decode_level(worker: Worker) -> int:
+    """The fuller of batch and KV pool, linearly."""
     load = worker.load
-    if load.room == 0 or load.free_blocks == 0:
-        return None
-    if worker.info.role is Role.PREFILL:
-        return min(LEVELS - 1, (load.queued_tokens // 64).bit_length())
     batch = load.requests / load.limit
     memory = 1 - load.free_blocks / worker.info.total_blocks
     return min(LEVELS - 1, int(LEVELS * max(batch, memory)))
 
 
 class LoadOrder:
-    """Workers with room, by level of load."""
+    """Workers with room, by level of load: 0 is idle."""
 
-    def __init__(self) -> None:
-        self._levels: list[dict[str, Worker]] = [{} for _ in range(LEVELS)]
+    def __init__(self, level: Callable[[Worker], int]) -> None:
+        self._level = level
+        self._levels: list[dict[str, Worker]] = [{} for _ in range(LEVELS + 1)]
         self._at: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -45,7 +47,7 @@ class LoadOrder:
 
     def put(self, worker: Worker, *, turn: bool = False) -> None:
         """Its load may have changed; `turn`: it had its turn, others of its level are next."""
-        now = level(worker)
+        now = self._of(worker)
         if now == self._at.get(worker.worker_id) and not turn:
             return
         self.discard(worker)
@@ -60,31 +62,36 @@ class LoadOrder:
             del self._levels[before][worker.worker_id]
 
     def __iter__(self) -> Iterator[Worker]:
-        """Least loaded first."""
+        """Least loaded first; those that are avoided come last."""
         for workers in self._levels:
             yield from workers.values()
+
+    def _of(self, worker: Worker) -> int | None:
+        if worker.load.room == 0 or worker.load.free_blocks == 0:
+            return None
+        return AVOIDED if worker.avoided else self._level(worker)
 
 
 @dataclass(slots=True)
 class Side:
-    """The workers of a pool that have one role."""
+    """The workers of a pool that do one half of the work."""
 
+    roomy: LoadOrder
+    """Those of `up` that have room."""
     present: dict[str, Worker] = field(default_factory=dict)
     """All but those that drain."""
     up: dict[str, Worker] = field(default_factory=dict)
     """Those that may get requests."""
     bits: int = 0
     """`up` as a set of the index."""
-    roomy: LoadOrder = field(default_factory=LoadOrder)
-    """Those of `up` that have room."""
 
-    def put(self, worker: Worker, *, turn: bool = False) -> None:
-        """Takes a worker in, or takes note of its standing and load."""
-        if worker.standing in (Standing.UP, Standing.SUSPECT):
+    def put(self, worker: Worker, *, here: bool, turn: bool = False) -> None:
+        """Takes note of a worker's standing and load; `here`: its role is on this side."""
+        if here and worker.standing in (Standing.UP, Standing.SUSPECT):
             self.present[worker.worker_id] = worker
         else:
             self.present.pop(worker.worker_id, None)
-        if worker.standing is Standing.UP:
+        if here and worker.standing is Standing.UP:
             self.up[worker.worker_id] = worker
             self.bits |= worker.bit
             self.roomy.put(worker, turn=turn)
@@ -100,12 +107,18 @@ class Pool:
 
     model: str
     kv_layout: str
-    prefill: Side = field(default_factory=Side)
-    decode: Side = field(default_factory=Side)
+    prefill: Side = field(default_factory=lambda: Side(LoadOrder(prefill_level)))
+    decode: Side = field(default_factory=lambda: Side(LoadOrder(decode_level)))
 
     def side(self, role: Role) -> Side:
-        """Its workers of a role."""
+        """Those that run prompts, or those that generate."""
         return self.prefill if role is Role.PREFILL else self.decode
+
+    def put(self, worker: Worker, *, turn: bool = False) -> None:
+        """Takes note of a worker's role, standing and load, on both sides."""
+        role = worker.info.role
+        self.prefill.put(worker, here=role.prefills, turn=turn)
+        self.decode.put(worker, here=role.decodes, turn=turn)
 
     @property
     def empty(self) -> bool:
@@ -120,13 +133,13 @@ class Pools:
         self._pools: dict[str, dict[str, Pool]] = {}
 
     def put(self, worker: Worker, *, turn: bool = False) -> None:
-        """Takes a worker in, or takes note of its standing and load; see Side.put."""
+        """Takes a worker in, or takes note of its role, standing and load."""
         info = worker.info
         layouts = self._pools.setdefault(info.model, {})
         pool = layouts.get(info.kv_layout)
         if pool is None:
             pool = layouts[info.kv_layout] = Pool(info.model, info.kv_layout)
-        pool.side(info.role).put(worker, turn=turn)
+        pool.put(worker, turn=turn)
         if pool.empty:
             del layouts[info.kv_layout]
         if not layouts:
