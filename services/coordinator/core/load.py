@@ -2,7 +2,7 @@
 
 A placement is load from the moment it is decided, long before the worker can report it; else
 everything placed between two reports would pile up on whoever looked idlest in the last one. So a
-placement books its share, and the booking counts until
+placement books its share, on one of the worker's ranks, and the booking counts until
 
 - the attempt ends (its frontend says so), or
 - a report covers it: one that arrives `SETTLE_SECONDS` or more after the booking, by when the
@@ -17,6 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.coordinator.core.messages import WorkerInfo, WorkerStats
+from services.coordinator.core.ranks import (
+    NOMINAL_STEP,
+    Rank,
+    StepCost,
+    choose,
+    imbalance,
+    rank_stats,
+    ranks_of,
+)
 
 SETTLE_SECONDS = 0.2
 """From a decision to the request being in the worker's figures: two network hops and an engine
@@ -35,45 +44,63 @@ class Booking:
     """KV blocks for its context."""
     tokens: int
     """Prompt tokens to compute."""
+    rank: int = 0
 
 
 @dataclass(slots=True)
 class Load:
-    """A worker's load. The figures that decisions read include bookings and credits."""
+    """A worker's load. The figures that decisions read include bookings and credits.
+
+    They are sums over its ranks. A request has to fit one of them: that is what `fits` says.
+    """
 
     info: WorkerInfo
     stats: WorkerStats
     bookings: dict[AttemptId, Booking] = field(default_factory=dict)
+    ranks: list[Rank] = field(init=False)
     limit: int = field(init=False)
-    """Requests that it may have: its batch, and a quarter more that prepare to join.
-
-    With none of those, a place in the batch that falls free would stay empty for as long as a
-    prompt takes.
-    """
+    """Requests that it may have; see Rank."""
     requests: int = field(init=False)
     """Running, waiting, or on their way."""
     room: int = field(init=False)
     """Requests that it may still get."""
     free_blocks: int = field(init=False)
     """KV blocks that nobody has or is about to take."""
+    fit_blocks: int = field(init=False)
+    """Most KV blocks that one more request may need; 0: no rank has room."""
     queued_tokens: int = field(init=False)
     """Prompt tokens to compute before a new prompt's turn comes."""
-    _booked_blocks: int = 0
-    _booked_tokens: int = 0
-    _credit_requests: int = 0
-    _credit_blocks: int = 0
+    imbalance: float = field(init=False)
+    """The slowest rank's step over the mean, at least 1. A step costs its slowest rank."""
+    _turn: int = 0
     _refused: bool = False
 
     def __post_init__(self) -> None:
-        self.limit = self.info.max_running + max(1, self.info.max_running // 4)
+        self.ranks = ranks_of(self.info, self.stats)
+        self.limit = sum(rank.limit for rank in self.ranks)
         self._sum_up()
+
+    def fits(self, blocks: int) -> bool:
+        """Whether some rank has room for a request that needs so many KV blocks, at least 1."""
+        return blocks <= self.fit_blocks
+
+    def choose_rank(self, blocks: int, cost: StepCost = NOMINAL_STEP) -> int | None:
+        """The rank that such a request makes the worker's steps least longer on; None: none fits.
+
+        Of equal ones those take turns.
+        """
+        if not self.fits(blocks):
+            return None
+        return 0 if len(self.ranks) == 1 else choose(self.ranks, blocks, self._turn, cost)
 
     def book(self, attempt: AttemptId, booking: Booking) -> None:
         """Counts a decision. A second one for the same attempt takes the first one's place."""
         self._remove(attempt)
         self.bookings[attempt] = booking
-        self._booked_blocks += booking.blocks
-        self._booked_tokens += booking.tokens
+        self._turn = (booking.rank + 1) % len(self.ranks)
+        rank = self.ranks[booking.rank]
+        rank.book(booking.blocks, booking.tokens)
+        rank.sum_up()
         self._sum_up()
 
     def drop(self, attempt: AttemptId) -> bool:
@@ -82,10 +109,12 @@ class Load:
         self._sum_up()
         return counted
 
-    def credit(self, blocks: int) -> None:
+    def credit(self, blocks: int, rank: int = 0) -> None:
         """An attempt that the last report covers ended."""
-        self._credit_requests += 1
-        self._credit_blocks += blocks
+        of = self.ranks[rank]
+        of.ended += 1
+        of.ended_blocks += blocks
+        of.sum_up()
         self._sum_up()
 
     def refuse(self) -> None:
@@ -96,32 +125,42 @@ class Load:
     def report(self, stats: WorkerStats, now: float) -> None:
         """Takes a new report, and drops the bookings that it covers."""
         self.stats, self._refused = stats, False
-        self._credit_requests = self._credit_blocks = 0
         # Bookings stand in the order they were made.
         for attempt, booking in list(self.bookings.items()):
             if now - booking.made < SETTLE_SECONDS:
                 break
             self._remove(attempt)
+        for rank, of in zip(self.ranks, rank_stats(self.info, stats), strict=True):
+            rank.report(of)
+            rank.sum_up()
         self._sum_up()
 
     def _remove(self, attempt: AttemptId) -> bool:
         booking = self.bookings.pop(attempt, None)
         if booking is None:
             return False
-        self._booked_blocks -= booking.blocks
-        self._booked_tokens -= booking.tokens
+        rank = self.ranks[booking.rank]
+        rank.book(booking.blocks, booking.tokens, -1)
+        rank.sum_up()
         return True
 
     def _sum_up(self) -> None:
-        stats = self.stats
-        known = max(0, stats.running + stats.waiting - self._credit_requests)
-        self.requests = known + len(self.bookings)
-        self.room = 0 if self._refused else max(0, self.limit - self.requests)
-        free = stats.free_blocks + self._credit_blocks - self._booked_blocks
-        self.free_blocks = max(0, min(free, self.info.total_blocks))
-        self.queued_tokens = stats.queued_tokens + self._booked_tokens
+        self.requests = self.room = self.free_blocks = self.fit_blocks = self.queued_tokens = 0
+        for rank in self.ranks:
+            self.requests += rank.requests
+            self.room += rank.room
+            self.free_blocks += rank.free_blocks
+            self.queued_tokens += rank.queued_tokens
+            if rank.room and rank.free_blocks > self.fit_blocks:
+                self.fit_blocks = rank.free_blocks
+        if self._refused:
+            self.room = self.fit_blocks = 0
+        self.imbalance = 1.0 if len(self.ranks) == 1 else imbalance(self.ranks, NOMINAL_STEP)
 
     def check_integrity(self) -> None:
         """The sums are those of the bookings; raises AssertionError."""
-        assert self._booked_blocks == sum(b.blocks for b in self.bookings.values())
-        assert self._booked_tokens == sum(b.tokens for b in self.bookings.values())
+        for number, rank in enumerate(self.ranks):
+            here = [b for b in self.bookings.values() if b.rank == number]
+            assert rank.booked == len(here)
+            assert rank.booked_blocks == sum(b.blocks for b in here)
+            assert rank.booked_tokens == sum(b.tokens for b in here)

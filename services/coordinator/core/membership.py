@@ -87,7 +87,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         info = self.info
-        self.capacity = min(info.context_tokens, info.total_blocks * info.block_tokens)
+        self.capacity = min(info.context_tokens, info.rank_blocks * info.block_tokens)
 
     @property
     def worker_id(self) -> str:

@@ -95,6 +95,11 @@ class WorkerInfo:
         allowed = self.export_policy.allowed(tenant)
         return allowed is None or other.region in allowed
 
+    @property
+    def rank_blocks(self) -> int:
+        """KV blocks of each data-parallel rank: a request has to fit one."""
+        return self.total_blocks // self.dp_ranks
+
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold this many tokens."""
         return -(-tokens // self.block_tokens)
