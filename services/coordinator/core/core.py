@@ -47,6 +47,8 @@ class Attempt:
     prefill: str
     blocks: int
     """KV blocks on the decode worker."""
+    rank: int = 0
+    """Of the decode worker."""
 
 
 class Core:
@@ -135,11 +137,11 @@ class Core:
         if worker is None:
             return
         load = worker.load
-        room, blocks = load.room, load.free_blocks
+        room, blocks, fit = load.room, load.free_blocks, load.fit_blocks
         load.report(event.stats, now)
         back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
-        if back or load.room > room or load.free_blocks > blocks:
+        if back or load.room > room or load.free_blocks > blocks or load.fit_blocks > fit:
             self._serve_queue(worker.info.model, now)
 
     def _kv_events(self, event: m.WorkerKvEvents, now: float) -> None:
@@ -243,7 +245,7 @@ class Core:
         decode = self.members.get(attempt.decode)
         if decode is not None:
             if not decode.load.drop(attempt_id):
-                decode.load.credit(attempt.blocks)
+                decode.load.credit(attempt.blocks, attempt.rank)
             self.pools.put(decode)
         return decode
 
@@ -314,7 +316,7 @@ class Core:
         if prefill is not None:
             source = self._book(attempt_id, prefill, prefill.uncached_tokens, now)
         self._attempts[attempt_id] = Attempt(
-            chosen.worker_id, source.worker_id if source else "", decode.blocks
+            chosen.worker_id, source.worker_id if source else "", decode.blocks, chosen.dp_rank
         )
         if len(self._attempts) > ATTEMPTS_REMEMBERED:
             self._attempts.popitem(last=False)
@@ -322,10 +324,12 @@ class Core:
 
     def _book(self, attempt: AttemptId, of: Candidate, tokens: int, now: float) -> m.Chosen:
         worker = of.worker
-        worker.load.book(attempt, Booking(now, of.blocks, tokens))
+        rank = worker.load.choose_rank(of.blocks)
+        if rank is None:
+            raise AssertionError(f"{worker.worker_id} was chosen and has no room")
+        worker.load.book(attempt, Booking(now, of.blocks, tokens, rank))
         worker.picked, worker.turns = self.placed, worker.turns + 1
         self.pools.put(worker, turn=True)
-        rank = worker.turns % max(1, worker.info.dp_ranks)
         return m.Chosen(worker.worker_id, worker.info.address, of.cached_tokens, rank)
 
     def _refuse(self, ticket: int, refused: m.Refusal) -> None:

@@ -255,9 +255,9 @@ def _usable(worker: Worker, want: PlaceRequest) -> bool:
 
 
 def _has_room(worker: Worker, want: PlaceRequest) -> bool:
-    if not worker.load.room or not _usable(worker, want):
+    if not _usable(worker, want):
         return False
-    return worker.load.free_blocks >= worker.info.blocks_for(want.context_tokens + 1)
+    return worker.load.fits(worker.info.blocks_for(want.context_tokens + 1))
 
 
 def _may_send(source: Worker, sink: Worker, want: PlaceRequest) -> bool:

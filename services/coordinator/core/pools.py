@@ -67,7 +67,7 @@ class LoadOrder:
             yield from workers.values()
 
     def _of(self, worker: Worker) -> int | None:
-        if worker.load.room == 0 or worker.load.free_blocks == 0:
+        if worker.load.fit_blocks == 0:
             return None
         return AVOIDED if worker.avoided else self._level(worker)
 
