@@ -109,9 +109,9 @@ class WorkerInfo(_message.Message):
     block_tokens: _builtins.int
     """Tokens a KV block holds."""
     total_blocks: _builtins.int
-    """KV blocks in its pool."""
+    """KV blocks in its pool; each data-parallel rank has an equal part, rounded down."""
     max_running: _builtins.int
-    """Requests it runs at once."""
+    """Requests it runs at once; each data-parallel rank runs an equal part, rounded up."""
     context_tokens: _builtins.int
     """Prompt and output together, tokens."""
     host: _builtins.str
@@ -909,7 +909,9 @@ Global___ChangeRole: _TypeAlias = ChangeRole  # noqa: Y015
 
 @_typing.final
 class ExpertPlan(_message.Message):
-    """Expert replicas to copy, and where experts then are."""
+    """Expert replicas to copy, and where experts then are. A worker checks that the moves lead from its
+    own map to this one, and makes all of them or none.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -927,7 +929,9 @@ class ExpertPlan(_message.Message):
 
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertMove]:
-        """Copies to make, in order."""
+        """Copies to make, layer by layer. Those of one layer are one exchange: none is written before all
+        of them are read, so places may swap what they have.
+        """
 
     def __init__(
         self,
