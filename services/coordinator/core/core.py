@@ -13,6 +13,7 @@ from typing import Any
 
 from services.coordinator.core import messages as m
 from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
 from services.coordinator.core.feed import KvFeed, Verdict
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.load import AttemptId, Booking, Load
@@ -37,6 +38,7 @@ class Rules:
     queue_limit: int
     local_prefill_tokens: int
     worker_wait_seconds: float = 0.0
+    experts: ExpertRules = ExpertRules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Core:
         self.index = PrefixIndex()
         self.pools = Pools()
         self.queue = Queue(rules.queue_limit)
+        self.experts = ExpertPlanner(rules.experts)
         self.started = now
         self.placed = 0
         self.refused: dict[m.Reason, int] = {}
@@ -117,6 +120,7 @@ class Core:
         self.pools.put(worker)
         self._models_seen.add(info.model)
         self._out.append(m.GrantLease(event.stream, self._rules.lease_seconds))
+        self._watch_experts(worker, event.stats, now)
         self._serve_queue(info.model, now)
 
     def _make_way(self, event: m.WorkerHello, now: float) -> None:
@@ -139,10 +143,20 @@ class Core:
         load = worker.load
         room, blocks, fit = load.room, load.free_blocks, load.fit_blocks
         load.report(event.stats, now)
+        self._watch_experts(worker, event.stats, now)
         back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
         if back or load.room > room or load.free_blocks > blocks or load.fit_blocks > fit:
             self._serve_queue(worker.info.model, now)
+
+    def _watch_experts(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
+        """Has the worker's experts placed anew if that is worth it."""
+        shape = worker.info.experts
+        if shape is None:
+            return
+        plan = self.experts.observe(worker.worker_id, shape, stats, now)
+        if plan is not None:
+            self._out.append(m.AskExperts(worker.stream, plan.map, plan.moves, plan.why))
 
     def _kv_events(self, event: m.WorkerKvEvents, now: float) -> None:
         worker = self._renew(event.stream, now)
@@ -188,6 +202,7 @@ class Core:
         self.pools.put(worker)
         self.members.remove(worker)
         self.index.forget(worker.worker_id)
+        self.experts.forget(worker.worker_id)
         self._recheck = True
         if tell:
             self._out.append(m.DropWorker(worker.stream, worker.worker_id, why))
@@ -196,24 +211,34 @@ class Core:
 
     def _place(self, event: m.PlaceRequested, now: float) -> None:
         entry = Waiting(event.ticket, event.request, now, event.deadline)
-        lane = event.request.model
         if entry.late(now):
             self._refuse(event.ticket, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"))
             return
-        if self.queue.open_to_newcomers(lane):
+        self.queue.add(entry)
+        if self.queue.may_try(entry, now):
             outcome = self._decide(event.request, now)
-            if isinstance(outcome, Decision):
-                self.queue.newcomer_placed(lane)
             if not isinstance(outcome, Blocked):
-                self._answer(entry, outcome, now)
+                self._take(entry, outcome, now)
                 return
-        if not self.queue.full:
-            self.queue.add(entry)
+        out = self.queue.push_out(entry)
+        if out is None:
             return
         waiting = len(self.queue)
-        retry = self._rate.retry_seconds(waiting, now)
         words = f"no worker has room, and {waiting} of {self.queue.limit} requests wait already"
-        self._refuse(event.ticket, m.Refusal(m.Reason.OVERLOADED, words, retry))
+        if out is not entry:
+            words = (
+                f"after {now - out.since:.3f} s in the queue, another took its place: it is full"
+            )
+        retry = self._rate.retry_seconds(waiting, now)
+        self._refuse(out.ticket, m.Refusal(m.Reason.OVERLOADED, words, retry))
+
+    def _take(self, entry: Waiting, outcome: Decision | m.Refusal, now: float) -> None:
+        """Answers a request that is in the queue."""
+        if isinstance(outcome, Decision):
+            self.queue.take(entry.ticket, now)
+        else:
+            self.queue.remove(entry.ticket)
+        self._answer(entry, outcome, now)
 
     def _cancel(self, event: m.PlaceCancelled, now: float) -> None:
         entry = self.queue.remove(event.ticket)
@@ -346,7 +371,7 @@ class Core:
 
     def _serve_one(self, lane: str, now: float) -> bool:
         """Answers one request of a lane if it can; so the next one may get its turn."""
-        for entry in self.queue.head(lane):
+        for entry in self.queue.head(lane, now):
             if entry.late(now):
                 self._refuse_late(entry, now)
                 return True
@@ -355,11 +380,7 @@ class Core:
                 if outcome.everyone:
                     return False
                 continue
-            if isinstance(outcome, Decision):
-                self.queue.overtake(entry.ticket)
-            else:
-                self.queue.remove(entry.ticket)
-            self._answer(entry, outcome, now)
+            self._take(entry, outcome, now)
             return True
         return False
 
