@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.coordinator.core import messages as m
@@ -38,7 +38,7 @@ class Rules:
     queue_limit: int
     local_prefill_tokens: int
     worker_wait_seconds: float = 0.0
-    experts: ExpertRules = ExpertRules()
+    experts: ExpertRules = field(default_factory=ExpertRules)
 
 
 @dataclass(frozen=True, slots=True)
