@@ -1,25 +1,47 @@
-"""Requests that wait for room, and the refusal of those for which there is no place to wait.
+"""Requests that wait for room: in which order they are tried, and who goes when it is full.
 
-A lane for each model, first in first out, with one exception: a request that fits may overtake
-those few at the head that don't (a long prompt, or one that may not use the workers with room),
-each of which can be overtaken `MAX_OVERTAKEN` times. So one huge prompt does not stop everyone,
-and is not starved either.
+A lane for each model. In a lane, in this order:
+
+1. Higher priority.
+2. Within a priority, the tenant that was served least (fairness.py).
+3. Within a tenant, first come, first served. Not the earliest deadline: with more requests than can
+   be served in time, that serves first those that are about to be late anyhow, until all are; and
+   who set none would starve. Deadlines are looked after by refusing: before the queue what can't be
+   met (predict.py), in it what is past.
+
+Two exceptions, each with its bound:
+
+- No starvation: every other turn is for those that have waited `patience` seconds, oldest first,
+  whatever their priority and tenant. So with room for one request at a time, at a rate of r a
+  second, each is placed within patience + (2 n + 2) / r of its coming, n being those of its lane
+  that came before it. (If every turn were theirs, it would be n / r; but then, as soon as waits are
+  longer than `patience`, and that is when fairness matters, who sends most would be served most. As
+  it is, tenants are charged for these turns, and the other turns make up for them.)
+- No blocking by the head: `LOOKAHEAD` requests in order are tried, so one that fits overtakes those
+  that don't (a long prompt, or one that may not use the workers with room). Each can be overtaken
+  `MAX_OVERTAKEN` times; then those behind it wait with it.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, takewhile
 
+from services.coordinator.core.fairness import Charge, Fairness, Line
 from services.coordinator.core.messages import PlaceRequest
+from services.coordinator.core.ranking import Ranking
 
 LOOKAHEAD = 8
-"""Requests at the head of a lane that are tried when room appears."""
+"""Requests of a lane that are tried when room appears. Half of them at most are of one tenant, if
+several wait, and half are those that waited too long, if there are any."""
 
 MAX_OVERTAKEN = 16
+
+PATIENCE_SECONDS = 30.0
 
 RATE_SECONDS = 10.0
 """Time over which the rate of placements is averaged."""
@@ -39,78 +61,244 @@ class Waiting:
         """Whether its deadline has passed."""
         return self.deadline is not None and self.deadline <= now
 
+    @property
+    def line(self) -> Line:
+        """Whom its tenant is weighed against."""
+        return Line(self.request.model, self.request.priority)
+
+
+Entries = OrderedDict[int, Waiting]
+"""Requests by ticket, first come first."""
+
 
 @dataclass(slots=True)
-class Queue:
-    """Bounded over all lanes together."""
+class _Level:
+    """Requests of one lane and priority."""
 
-    limit: int
-    _lanes: dict[str, OrderedDict[int, Waiting]] = field(default_factory=dict)
-    _lane_of: dict[int, str] = field(default_factory=dict)
+    line: Line
+    tenants: dict[str, Entries] = field(default_factory=dict)
+    size: int = 0
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Requests for one model."""
+
+    entries: Entries = field(default_factory=OrderedDict)
+    levels: dict[int, _Level] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    """The negatives of the levels' priorities, ascending."""
+    old_first: bool = True
+    """Whose turn it is: that of those who waited too long?"""
+
+
+class Queue:
+    """Of `limit` requests over all lanes. `weights`: of tenants, as in `Fairness`.
+
+    A request is added when it comes, whether or not it will have to wait, so that nobody passes
+    those who do; and taken when it is placed. Each operation costs O(log n).
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        patience: float = PATIENCE_SECONDS,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.limit = limit
+        self.fairness = Fairness(weights)
+        self._patience = patience
+        self._entries: dict[int, Waiting] = {}
+        self._lanes: dict[str, _Lane] = {}
+        self._deadlines: Ranking[int] = Ranking()
+        self._crowds: dict[int, Ranking[str]] = {}
+        """By priority, over all lanes: tenants by how many places they take."""
+        self._crowd: dict[tuple[int, str], Entries] = {}
 
     def __len__(self) -> int:
-        return len(self._lane_of)
-
-    @property
-    def full(self) -> bool:
-        """Whether there is no place to wait."""
-        return len(self) >= self.limit
+        return len(self._entries)
 
     def lanes(self) -> list[str]:
         """Models that requests wait for."""
         return list(self._lanes)
 
+    def lane(self, model: str) -> Iterator[Waiting]:
+        """Requests for a model, first come first."""
+        lane = self._lanes.get(model)
+        return iter(lane.entries.values() if lane else ())
+
+    def waiting(self, model: str) -> int:
+        """Requests for a model."""
+        lane = self._lanes.get(model)
+        return len(lane.entries) if lane else 0
+
+    def ahead(self, entry: Waiting) -> int:
+        """Requests that are before one that was just added whatever becomes of counters.
+
+        These are those of higher priority, and its tenant's own: the least number, as is wanted to
+        tell that a wait will be too long. Those of other tenants may come before it or not.
+        """
+        lane = self._lanes[entry.request.model]
+        priority = entry.request.priority
+        higher = takewhile(lambda p: -p > priority, lane.order)
+        own = lane.levels[priority].tenants[entry.request.tenant]
+        return sum(lane.levels[-p].size for p in higher) + len(own) - 1
+
     def add(self, entry: Waiting) -> None:
-        """Puts a request at the end of its lane."""
-        model = entry.request.model
-        self._lanes.setdefault(model, OrderedDict())[entry.ticket] = entry
-        self._lane_of[entry.ticket] = model
+        """Puts a request in its place. There may be one too many now: see `push_out`."""
+        want = entry.request
+        lane = self._lanes.setdefault(want.model, _Lane())
+        level = lane.levels.get(want.priority)
+        if level is None:
+            level = lane.levels[want.priority] = _Level(entry.line)
+            insort(lane.order, -want.priority)
+        own = level.tenants.get(want.tenant)
+        if own is None:
+            own = level.tenants[want.tenant] = OrderedDict()
+            self.fairness.join(level.line, want.tenant)
+        level.size += 1
+        own[entry.ticket] = lane.entries[entry.ticket] = self._entries[entry.ticket] = entry
+        if entry.deadline is not None:
+            self._deadlines.put(entry.ticket, entry.deadline)
+        self._crowd.setdefault((want.priority, want.tenant), OrderedDict())[entry.ticket] = entry
+        self._count(want.priority, want.tenant)
 
     def remove(self, ticket: int) -> Waiting | None:
         """Takes a request out, wherever it stands; None if it is not here."""
-        model = self._lane_of.pop(ticket, None)
-        if model is None:
+        entry = self._entries.pop(ticket, None)
+        if entry is None:
             return None
-        lane = self._lanes[model]
-        entry = lane.pop(ticket)
-        if not lane:
-            del self._lanes[model]
+        want = entry.request
+        lane = self._lanes[want.model]
+        level = lane.levels[want.priority]
+        own = level.tenants[want.tenant]
+        del own[ticket], lane.entries[ticket]
+        level.size -= 1
+        if not own:
+            del level.tenants[want.tenant]
+            self.fairness.leave(level.line, want.tenant)
+        if not level.size:
+            del lane.levels[want.priority]
+            lane.order.remove(-want.priority)
+        if not lane.entries:
+            del self._lanes[want.model]
+        self._deadlines.discard(ticket)
+        del self._crowd[want.priority, want.tenant][ticket]
+        self._count(want.priority, want.tenant)
         return entry
 
-    def overtake(self, ticket: int) -> Waiting | None:
-        """Takes a request out that gets its turn; those before it have been overtaken."""
-        for entry in self.lane(self._lane_of.get(ticket, "")):
-            if entry.ticket == ticket:
+    def head(self, model: str, now: float) -> list[Waiting]:
+        """Requests whose turn it can be, in order: the first one, and those that may overtake."""
+        lane = self._lanes.get(model)
+        if lane is None:
+            return []
+        old = list(islice(self._old(lane, now), LOOKAHEAD // 2))
+        first = chain(old, self._fair(lane))
+        if not lane.old_first:
+            first = chain(islice(self._fair(lane), LOOKAHEAD - len(old)), old)
+        some: dict[int, Waiting] = {}
+        for entry in first:
+            some.setdefault(entry.ticket, entry)
+            if entry.overtaken >= MAX_OVERTAKEN or len(some) == LOOKAHEAD:
                 break
-            entry.overtaken += 1
+        return list(some.values())
+
+    def may_try(self, entry: Waiting, now: float) -> bool:
+        """Whether a request that was just added may be tried at once.
+
+        Those before it were tried when room appeared, so if it fits, it overtakes them.
+        """
+        return self.waiting(entry.request.model) == 1 or entry in self.head(
+            entry.request.model, now
+        )
+
+    def take(self, ticket: int, now: float) -> Waiting | None:
+        """Takes a request out that is placed; those before it have been overtaken."""
+        entry = self._entries.get(ticket)
+        if entry is None:
+            return None
+        lane = self._lanes[entry.request.model]
+        for other in self.head(entry.request.model, now):
+            if other is entry:
+                break
+            other.overtaken += 1
+        if not lane.old_first:
+            lane.old_first = True
+        elif self._is_old(entry, now):
+            lane.old_first = False
         return self.remove(ticket)
 
-    def lane(self, model: str) -> Iterator[Waiting]:
-        """Requests for a model, first come first."""
-        return iter(self._lanes.get(model, {}).values())
+    def charge(self, entry: Waiting, prompt_tokens: int) -> Charge:
+        """Counts a request that was taken for its tenant: so many tokens are to be computed."""
+        want = entry.request
+        return self.fairness.charge(entry.line, want.tenant, prompt_tokens, want.max_tokens)
 
-    def head(self, model: str) -> list[Waiting]:
-        """Requests whose turn it can be: the first one, and those that may overtake."""
-        some = []
-        for entry in islice(self.lane(model), LOOKAHEAD):
-            some.append(entry)
-            if entry.overtaken >= MAX_OVERTAKEN:
-                break
-        return some
+    def settle(self, charge: Charge, computed_tokens: int, generated_tokens: int) -> None:
+        """Counts what a request was really served, instead of its charge."""
+        self.fairness.settle(charge, computed_tokens, generated_tokens)
 
-    def open_to_newcomers(self, model: str) -> bool:
-        """Whether a request that comes now may be tried at once, before those that wait."""
-        waiting = len(self._lanes.get(model, ()))
-        return waiting < LOOKAHEAD and all(e.overtaken < MAX_OVERTAKEN for e in self.lane(model))
+    def push_out(self, newcomer: Waiting) -> Waiting | None:
+        """Takes out one request if there is one too many; tells which one.
 
-    def newcomer_placed(self, model: str) -> None:
-        """A request that never waited was placed: all that wait were overtaken."""
-        for entry in self.lane(model):
-            entry.overtaken += 1
+        Of the lowest priority, of the tenant that takes most places (by its weight), the latest. Of
+        equals it is the newcomer.
+        """
+        if len(self) <= self.limit:
+            return None
+        want = newcomer.request
+        lowest = min(self._crowds)
+        crowd = self._crowds[lowest].first()[0]
+        if want.priority == lowest and self._share(lowest, want.tenant) >= self._share(
+            lowest, crowd
+        ):
+            return self.remove(newcomer.ticket)
+        return self.remove(next(reversed(self._crowd[lowest, crowd])))
 
     def late(self, now: float) -> list[Waiting]:
-        """Requests whose deadline has passed."""
-        return [e for lane in self._lanes.values() for e in lane.values() if e.late(now)]
+        """Takes out the requests whose deadline has passed."""
+        return [e for t in self._deadlines.pop_through(now) if (e := self.remove(t)) is not None]
+
+    def _old(self, lane: _Lane, now: float) -> Iterator[Waiting]:
+        return takewhile(lambda e: self._is_old(e, now), lane.entries.values())
+
+    def _is_old(self, entry: Waiting, now: float) -> bool:
+        return now - entry.since >= self._patience
+
+    def _fair(self, lane: _Lane) -> Iterator[Waiting]:
+        for negative in lane.order:
+            level = lane.levels[-negative]
+            tenants = self.fairness.next(level.line, LOOKAHEAD)
+            each = LOOKAHEAD // 2 if len(tenants) > 1 else LOOKAHEAD
+            for tenant in tenants:
+                yield from islice(level.tenants[tenant].values(), each)
+
+    def _count(self, priority: int, tenant: str) -> None:
+        """The number of a tenant's places has changed."""
+        crowds = self._crowds.setdefault(priority, Ranking())
+        if self._crowd[priority, tenant]:
+            crowds.put(tenant, -self._share(priority, tenant))
+            return
+        del self._crowd[priority, tenant]
+        crowds.discard(tenant)
+        if not len(crowds):
+            del self._crowds[priority]
+
+    def _share(self, priority: int, tenant: str) -> float:
+        return len(self._crowd[priority, tenant]) / self.fairness.weight(tenant)
+
+    def check_integrity(self) -> None:
+        """Every view shows the same requests; raises AssertionError."""
+        assert len(self) <= self.limit
+        lanes = [e for lane in self._lanes.values() for e in lane.entries.values()]
+        levels = [level for lane in self._lanes.values() for level in lane.levels.values()]
+        owned = [e for level in levels for own in level.tenants.values() for e in own.values()]
+        crowds = [e for crowd in self._crowd.values() for e in crowd.values()]
+        here = sorted(self._entries)
+        for some in (lanes, owned, crowds):
+            assert sorted(e.ticket for e in some) == here
+        for level in levels:
+            assert level.size == sum(len(own) for own in level.tenants.values())
+            assert set(self.fairness.next(level.line, len(self) + 1)) == set(level.tenants)
 
 
 @dataclass(slots=True)
@@ -125,10 +313,15 @@ class PlacementRate:
         self._decay(now)
         self._sum += 1 / RATE_SECONDS
 
+    def per_second(self, now: float) -> float:
+        """Placements a second; 0 before the first."""
+        self._decay(now)
+        return self._sum
+
     def retry_seconds(self, waiting: int, now: float) -> float:
         """When to try again, with so many waiting: once half of them are placed. 1 to 30 s."""
-        self._decay(now)
-        return min(30.0, max(1.0, waiting / 2 / self._sum)) if self._sum > 0 else 1.0
+        rate = self.per_second(now)
+        return min(30.0, max(1.0, waiting / 2 / rate)) if rate > 0 else 1.0
 
     def _decay(self, now: float) -> None:
         self._sum *= math.exp(-max(0.0, now - self._at) / RATE_SECONDS)
