@@ -14,6 +14,7 @@ from typing import Any
 from services.coordinator.core import messages as m
 from services.coordinator.core.admission import PlacementRate, Queue, Waiting
 from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
+from services.coordinator.core.fairness import Charge
 from services.coordinator.core.feed import KvFeed, Verdict
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.load import AttemptId, Booking, Load
@@ -49,8 +50,10 @@ class Attempt:
     prefill: str
     blocks: int
     """KV blocks on the decode worker."""
-    rank: int = 0
+    rank: int
     """Of the decode worker."""
+    charge: Charge
+    """What its tenant was charged for it."""
 
 
 class Core:
@@ -256,6 +259,8 @@ class Core:
             self.pools.put(failed)
         attempt_id = (event.request_id, event.attempt)
         if attempt_id in self._attempts:
+            charge = self._attempts[attempt_id].charge
+            self.queue.settle(charge, event.computed_tokens, event.generated_tokens)
             decode = self._release(attempt_id)
             if decode is not None:
                 self._serve_queue(decode.info.model, now)
@@ -321,16 +326,17 @@ class Core:
         reasons, waited = outcome.reasons, now - entry.since
         if waited > 0:
             reasons = (*reasons, f"waited {waited:.3f} s for room")
-        decode, prefill = self._commit(entry.request, outcome, now)
+        decode, prefill = self._commit(entry, outcome, now)
         placement = m.Placement(decode, prefill, reasons, outcome.prefix)
         self._out.append(m.AnswerPlacement(entry.ticket, placement, waited))
 
     def _commit(
-        self, want: m.PlaceRequest, decision: Decision, now: float
+        self, entry: Waiting, decision: Decision, now: float
     ) -> tuple[m.Chosen, m.Chosen | None]:
         """Books what was decided."""
-        attempt_id = (want.request_id, want.attempt)
+        attempt_id = (entry.request.request_id, entry.request.attempt)
         if attempt_id in self._attempts:
+            self.queue.settle(self._attempts[attempt_id].charge, 0, 0)
             self._release(attempt_id)
         self.placed += 1
         self._rate.count(now)
@@ -341,7 +347,11 @@ class Core:
         if prefill is not None:
             source = self._book(attempt_id, prefill, prefill.uncached_tokens, now)
         self._attempts[attempt_id] = Attempt(
-            chosen.worker_id, source.worker_id if source else "", decode.blocks, chosen.dp_rank
+            decode=chosen.worker_id,
+            prefill=source.worker_id if source else "",
+            blocks=decode.blocks,
+            rank=chosen.dp_rank,
+            charge=self.queue.charge(entry, (prefill or decode).uncached_tokens),
         )
         if len(self._attempts) > ATTEMPTS_REMEMBERED:
             self._attempts.popitem(last=False)
