@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.expert_plans import ExpertRules
 from services.coordinator.service import CoordinatorServicer, Driver, WorkerRegistryServicer
 from services.runtime.server import Server
 from services.runtime.settings import CoordinatorProcess
@@ -30,6 +31,11 @@ async def serve(
         queue_limit=own.queue_limit,
         local_prefill_tokens=own.local_prefill_tokens,
         worker_wait_seconds=own.worker_wait_seconds,
+        experts=ExpertRules(
+            plan_seconds=own.expert_plan_seconds,
+            tokens_each=own.expert_tokens_each,
+            expert_share=own.expert_share,
+        ),
     )
     core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
     driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")

@@ -24,6 +24,10 @@ from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.generation.v1 import generation_pb2
 
 KEY_BYTES = 16
+MOST_RANKS = 1024
+"""Data-parallel ranks of a worker."""
+MOST_PLACES = 1 << 18
+"""Places for experts in all layers of a worker: several times what the largest models have."""
 
 _ROLES = {
     pb.WORKER_ROLE_PREFILL: m.Role.PREFILL,
@@ -47,6 +51,9 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
     for field in _COUNTS:
         if getattr(info, field) < 1:
             raise InvalidRequestError(f"hello.info.{field}", 0, "at least 1")
+    if info.dp_ranks > min(MOST_RANKS, info.total_blocks):
+        allowed = f"at most {MOST_RANKS}, and one for each of {info.total_blocks} KV blocks"
+        raise InvalidRequestError("hello.info.dp_ranks", info.dp_ranks, allowed)
     known = m.WorkerInfo(
         worker_id=info.worker_id,
         role=_ROLES[info.role],
@@ -90,6 +97,13 @@ def _shape_from(shape: pb.ExpertShape) -> m.ExpertShape:
     if known.physical < known.logical or known.physical % known.gpus:
         allowed = f"a multiple of gpus ({known.gpus}), and no less than logical ({known.logical})"
         raise InvalidRequestError("hello.info.experts.physical", known.physical, allowed)
+    if known.layers * known.physical > MOST_PLACES:
+        allowed = f"at most {MOST_PLACES} in all {known.layers} layers together"
+        raise InvalidRequestError("hello.info.experts.physical", known.physical, allowed)
+    for field, part in (("logical", known.groups), ("gpus", known.hosts)):
+        if getattr(known, field) % part:
+            allowed = f"a multiple of {part}"
+            raise InvalidRequestError(f"hello.info.experts.{field}", getattr(known, field), allowed)
     return known
 
 

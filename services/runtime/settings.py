@@ -21,6 +21,15 @@ TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+
 """tenant=region+region; no region: nowhere."""
 
 
+ExpertCounts = Annotated[str, Field(pattern=r"^([1-9]\d{0,4}(/[1-9]\d{0,4}){5})?$")]
+"""layers/logical/physical/groups/hosts/gpus."""
+
+ResidencyRule = Annotated[str, Field(pattern=r"^[^=+,\s]+=[^=+,\s]+(\+[^=+,\s]+)*$")]
+"""tenant=region+region, one region at least."""
+MetadataName = Annotated[str, Field(pattern=r"^([a-z0-9_.-]*(?<!-bin))?$")]
+"""Of text: names that end with -bin are of bytes."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -96,6 +105,17 @@ class EngineSettings(_Section):
     context_tokens: int = Field(0, ge=0, description="Context window; 0: the model's own.")
     scripted_step_seconds: float = Field(
         0.0, ge=0, description="kind=scripted: how long a step takes."
+    )
+    scripted_dp_ranks: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="kind=scripted: data-parallel ranks that requests are booked on.",
+    )
+    scripted_experts: ExpertCounts = Field(
+        "",
+        description="kind=scripted: experts, as layers/logical/physical/groups/hosts/gpus; empty: "
+        "none. Tokens are routed to them unevenly.",
     )
 
 
@@ -197,6 +217,23 @@ class CoordinatorSettings(_Section):
         ge=0,
         description="Uncached prompts up to this long are computed on the decode worker.",
     )
+    expert_plan_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="Least time between two looks at where a worker's experts are; 0: they are "
+        "left where they are.",
+    )
+    expert_tokens_each: float = Field(
+        1000.0,
+        gt=0,
+        description="Tokens that experts must have had, on average, for their load to be believed.",
+    )
+    expert_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Part of a step that grows with the load of the GPU with the busiest experts.",
+    )
 
 
 class FrontendSettings(_Section):
@@ -209,10 +246,30 @@ class FrontendSettings(_Section):
     default_timeout_seconds: Seconds = Field(
         600.0, description="Deadline of a request whose client gave none."
     )
+    silence_seconds: Patience = Field(
+        2.0,
+        description="A worker that owes something and answers nothing, pings included, for this "
+        "long is lost for the request. One that answers and brings no token has 10 times what it "
+        "took so far, and at least 2.5 times this.",
+    )
     stall_seconds: Seconds = Field(
-        30.0, description="A worker that owes a token and sends nothing for this long is lost."
+        30.0,
+        description="What a worker has at most that answers and brings no token, beside the time "
+        "that its prompt may take.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens where the client gave none.")
+    region: str = Field("", description="Label of the region that this frontend is in.")
+    tenant_metadata: MetadataName = Field(
+        "",
+        description="Request metadata by which a trusted proxy names the tenant, whose KV is then "
+        "shared with nobody else's; requests without it are refused. Empty: all requests are of "
+        "one nameless tenant.",
+    )
+    tenant_regions: tuple[ResidencyRule, ...] = Field(
+        (),
+        description="Regions that a tenant's requests may be computed in: tenant=region+region. "
+        "Others anywhere.",
+    )
 
 
 class CoordinatorProcess(_Section):
