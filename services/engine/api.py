@@ -21,7 +21,7 @@ take it from there.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -77,6 +77,8 @@ class Request:
     tenant: str = ""
     deadline_seconds: float | None = None
     """What is left until the client's deadline when the request comes in; None: no deadline."""
+    dp_rank: int = 0
+    """Data-parallel attention rank that takes it, below EngineInfo.dp_ranks."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -212,6 +214,16 @@ class ExpertMap:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertMove:
+    """One copy of an expert's weights; fields as in coordinator.proto."""
+
+    layer: int
+    expert: int
+    from_place: int
+    to_place: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What does not change while the engine lives."""
 
@@ -270,8 +282,9 @@ class EngineStats:
     """Empty: one rank, which the figures above are of."""
     adapters: tuple[str, ...] = ()
     expert_tokens: tuple[int, ...] = ()
-    """Tokens routed to each logical expert since the last call, layers x logical, row by row."""
+    """Tokens routed to each logical expert since start, layers x logical, row by row."""
     expert_map: ExpertMap | None = None
+    """Where experts are now; None: it has none that can be moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +329,15 @@ class Engine(Protocol):
         """Ends a request, without another output, and frees what it holds, leases included.
 
         Unknown ids are ignored.
+        """
+
+    def update_experts(self, plan: ExpertMap, moves: Sequence[ExpertMove]) -> None:
+        """Copies experts until they are where the plan says, between two steps, all or none.
+
+        The moves of one layer are one exchange: all are read before one is written. It is done when
+        stats() tells the plan's map; no token is changed by it. Raises InvalidRequestError for a
+        plan that is not newer than the present map, for moves that don't lead from that to the
+        plan's, and in an engine without experts.
         """
 
     def outputs(self) -> AsyncIterator[StepOutput]:
