@@ -11,6 +11,7 @@ import grpc
 
 from services.frontend.events import Placement, Report
 from services.frontend.served import ServedModel
+from services.frontend.validate import Wishes
 from services.frontend.wire import models_from, placement_from
 from services.runtime.channels import Channels
 from services.runtime.errors import (
@@ -99,6 +100,7 @@ class Coordinator:
         context_tokens: int,
         max_tokens: int,
         timeout: float,
+        wishes: Wishes,
     ) -> Placement:
         """Workers for an attempt, within `timeout` seconds. Raises TandemError."""
         message = coordinator_pb2.PlaceRequest(
@@ -111,6 +113,13 @@ class Coordinator:
             exclude_workers=exclude,
             frontend_id=self._frontend_id,
             kv_layout=served.kv_layout,
+            tenant=wishes.tenant,
+            priority=wishes.priority,
+            session=wishes.session,
+            region=wishes.region,
+            allowed_regions=wishes.allowed_regions,
+            ttft_seconds=wishes.ttft_seconds,
+            itl_seconds=wishes.itl_seconds,
         )
         end = self._clock() + timeout
 
@@ -136,6 +145,9 @@ class Coordinator:
             failed_worker=report.failed_worker,
             failure=report.failure,
             unreachable=report.unreachable,
+            generated_tokens=report.generated_tokens,
+            ttft_seconds=report.ttft_seconds,
+            computed_tokens=report.computed_tokens,
         )
         try:
             await self._stub.Report(message, timeout=CALL_SECONDS)
