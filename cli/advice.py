@@ -13,9 +13,13 @@ ADVICE = {
     "worker.coordinator say. Then retry.",
     "WORKER_LOST": "Retry. It is seen only when a request lost workers more often than "
     "frontend.max_attempts allows: their logs say why they died.",
+    "WORKER_SILENT": "Retry. It is seen only when that befell a request more often than "
+    "frontend.max_attempts allows: workers are starved or hang. If they are only slow, raise "
+    "frontend.silence_seconds.",
     "KV_SOURCE_LOST": "Retry. If it comes back, look for a prefill worker that dies, or raise "
     "kv.fetch_timeout_seconds or kv.lease_seconds.",
     "DRAINING": "Retry: another process takes the request.",
+    "ROLE_CHANGED": "Nothing: the request is placed again.",
     "ENGINE_FAILED": "Retry. The worker's log has the cause.",
     "OVERLOADED": "Wait as long as RetryInfo says and retry, send less, or add workers "
     "(coordinator.queue_limit is how many may wait).",

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from services.frontend.awake import Awake
 from services.frontend.coordinator import Coordinator
 from services.frontend.folder import FolderModel
 from services.frontend.live import Cluster
 from services.frontend.model import Model
+from services.frontend.patience import Patience
 from services.frontend.service import Chance, InferenceServicer
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
@@ -47,7 +49,10 @@ async def serve_model(
     channels = Channels()
     coordinator = Coordinator(settings.frontend.coordinator, channels, name, clock)
     workers = Workers(channels, name, clock)
-    cluster = Cluster(coordinator, workers, clock, settings.frontend.stall_seconds)
+    patience = Patience(settings.frontend.silence_seconds, settings.frontend.stall_seconds)
+    awake = Awake(clock)
+    awake.start()
+    cluster = Cluster(coordinator, workers, clock, patience, awake)
     chance = Chance(lambda: secrets.token_hex(8), lambda: secrets.randbits(63))
     with ThreadPoolExecutor(TEXT_THREADS, "text") as texts:
         servicer = InferenceServicer(model, cluster, settings.frontend, texts, chance)
@@ -60,6 +65,7 @@ async def serve_model(
             await stop.wait()
         finally:
             await server.stop(settings.server.drain_seconds)
+            awake.stop()
             sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeper

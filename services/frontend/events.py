@@ -30,16 +30,20 @@ class Worker:
 class Placement:
     """Where an attempt runs. Without a prefill worker the decode worker computes the prompt.
 
-    `prefix` is a worker that holds more of the prompt than the one that computes it.
+    `prefix` is a worker that holds more of the prompt than the one that computes it. What is
+    predicted is in seconds, to the first token and from token to token; 0: nothing was.
     """
 
     decode: Worker
     prefill: Worker | None = None
     reasons: tuple[str, ...] = ()
     prefix: KvPrefix | None = None
+    predicted_ttft_seconds: float = 0.0
+    predicted_itl_seconds: float = 0.0
 
 
-# Events. `attempt` is the placement they belong to: 0, 1, 2...
+# Events. `attempt` is whose they are: the number of a placement (0, 1, 2...), or the one under
+# which an attempt was begun anew on the worker that it was placed on. No number is used twice.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,10 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """The decode worker's new tokens; `error` comes with FinishReason.ERROR."""
+    """The decode worker's new tokens; `error` comes with FinishReason.ERROR.
+
+    `moving`: the worker wants to be rid of the request, and goes on with it meanwhile.
+    """
 
     attempt: int
     token_ids: tuple[int, ...] = ()
@@ -87,6 +94,7 @@ class DecodeOutput:
     finish_reason: FinishReason | None = None
     error: TandemError | None = None
     kv: KvReport | None = None
+    moving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +209,19 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Tell the coordinator that the attempt is over; with no `failed_worker`, none failed it."""
+    """Tell the coordinator that a placement's attempt is over.
+
+    With no `failed_worker`, none failed it. `ttft_seconds`: from the placement; 0: no token came.
+    `computed_tokens`: of the context, by whichever worker.
+    """
 
     attempt: int
     failed_worker: str = ""
     failure: str = ""
     unreachable: bool = False
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0
+    computed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

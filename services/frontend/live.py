@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from services.engine.api import FinishReason, Sampling, TokenLogprob
 from services.frontend import wire
+from services.frontend.awake import Awake
+from services.frontend.calls import Calls
 from services.frontend.coordinator import Coordinator
 from services.frontend.events import (
-    CancelDecode,
     CancelPlace,
-    CancelPrefill,
     ClientGone,
     Command,
     DeadlinePassed,
@@ -23,32 +23,18 @@ from services.frontend.events import (
     Finish,
     Place,
     Placed,
-    PrefillAccepted,
-    Proceed,
-    Release,
     Report,
-    Role,
-    StartDecode,
-    StartPrefill,
     Unplaced,
-    Worker,
-    WorkerFailed,
 )
-from services.frontend.request import Request, State
+from services.frontend.patience import Patience
+from services.frontend.request import Request
 from services.frontend.served import ServedModel
-from services.frontend.workers import DecodeLink, Workers
-from services.runtime.errors import TandemError, WorkerLostError
-from tandem.decode.v1 import decode_pb2
-from tandem.generation.v1 import generation_pb2
-from tandem.prefill.v1 import prefill_pb2
+from services.frontend.validate import Wishes
+from services.frontend.watch import Watch
+from services.frontend.workers import Workers
+from services.runtime.errors import TandemError
 
 log = logging.getLogger(__name__)
-
-SLOWEST_PREFILL = 200.0
-"""Tokens a second. A worker that owes a first token has stall_seconds and the time that its prompt
-takes at this rate, since it says nothing while it computes."""
-
-MAX_DEADLINE_MS = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +44,8 @@ class Cluster:
     coordinator: Coordinator
     workers: Workers
     clock: Callable[[], float]
-    stall_seconds: float
+    patience: Patience
+    awake: Awake
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +57,7 @@ class Job:
     prompt: Sequence[int]
     sampling: Sampling
     deadline: float
+    wishes: Wishes
     block_keys: Callable[[Sequence[int]], Awaitable[list[bytes]]]
     """Keys of the full blocks of the prompt and these output tokens."""
 
@@ -96,13 +84,15 @@ class LiveRequest:
         self._piece = Piece()
         self._moved = asyncio.Event()
         self._ended = asyncio.Event()
-        self._attempt: _Attempt | None = None
-        self._placing: asyncio.Task[None] | None = None
+        self._calls: dict[int, Calls] = {}
+        self._placing: dict[int, asyncio.Task[None]] = {}
         self._told: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         left = job.deadline - cluster.clock()
         self._deadline = loop.call_later(left, self.feed, DeadlinePassed())
-        self._watch = loop.call_later(cluster.stall_seconds, self._check_silence)
+        self._watch = Watch(
+            core, cluster.workers, cluster.patience, cluster.awake, cluster.clock, self.feed
+        )
         self._act(core.start())
 
     async def piece(self) -> Piece:
@@ -146,36 +136,6 @@ class LiveRequest:
             log.error("%s: no clean end: %s", self._job.request_id, type(another).__name__)
         self._end(error)
 
-    def _check_silence(self) -> None:
-        """Finds out whether the worker that owes a token has been silent for too long."""
-        core, now = self.core, self._cluster.clock()
-        late_at = now + self._cluster.stall_seconds
-        owing = core.owing
-        if owing is not None:
-            role, worker = owing
-            patience = self._patience(role)
-            late_at = max(core.owed_since, self._heard_at(role, worker)) + patience
-            if late_at <= now:
-                what = f"{worker.worker_id} owes a token and was silent for {patience:.1f} s"
-                error = WorkerLostError(what, worker=worker.worker_id)
-                self.feed(WorkerFailed(core.number, role, error, ended=False))
-                late_at = now + self._cluster.stall_seconds
-        if core.state is not State.ENDED:
-            wait = late_at - self._cluster.clock()
-            self._watch = asyncio.get_running_loop().call_later(wait, self._check_silence)
-
-    def _patience(self, role: Role) -> float:
-        attempt = self.core.attempts[-1]
-        patience = self._cluster.stall_seconds
-        if role is Role.PREFILL or (attempt.placement.prefill is None and not attempt.tokens):
-            patience += attempt.context_tokens / SLOWEST_PREFILL
-        return patience
-
-    def _heard_at(self, role: Role, worker: Worker) -> float:
-        workers = self._cluster.workers
-        link = (workers.prefill if role is Role.PREFILL else workers.decode)(worker.address)
-        return link.heard_at
-
     def _act(self, commands: Sequence[Command]) -> None:
         for command in commands:
             match command:
@@ -185,10 +145,10 @@ class LiveRequest:
                     self._piece.text += text
                     self._moved.set()
                 case Place(attempt, exclude):
-                    self._placing = asyncio.create_task(self._place(attempt, exclude))
-                case CancelPlace():
-                    assert self._placing is not None
-                    self._placing.cancel()
+                    placing = asyncio.create_task(self._place(attempt, exclude))
+                    self._placing[attempt] = placing
+                case CancelPlace(attempt):
+                    self._placing[attempt].cancel()
                 case Report():
                     self._report(command)
                 case Finish(reason):
@@ -197,8 +157,7 @@ class LiveRequest:
                 case Fail(error):
                     self._end(error)
                 case _:
-                    assert self._attempt is not None
-                    self._attempt.act(command)
+                    self._called(command.attempt).act(command)
 
     async def _place(self, number: int, exclude: tuple[str, ...]) -> None:
         job, output = self._job, tuple(self.core.output)
@@ -216,16 +175,28 @@ class LiveRequest:
                 context_tokens=len(job.prompt) + len(output),
                 max_tokens=job.sampling.max_tokens - len(output),
                 timeout=job.deadline - self._cluster.clock(),
+                wishes=job.wishes,
             )
         except TandemError as error:
             self.feed(Unplaced(number, error))
         except Exception as error:
             self.break_off(error)
         else:
-            name = f"{job.request_id}/{number}"
-            tokens = wire.token_request(name, job.prompt, output, self._sampling)
-            self._attempt = _Attempt(self, number, tokens, job.deadline, self._cluster)
             self.feed(Placed(number, placement))
+
+    def _called(self, number: int) -> Calls:
+        """The calls of an attempt, which gets all tokens that there are when it begins."""
+        calls = self._calls.get(number)
+        if calls is None:
+            job, cluster = self._job, self._cluster
+            name = f"{job.request_id}/{number}"
+            tokens = wire.token_request(
+                name, job.prompt, self.core.output, self._sampling, job.wishes.tenant
+            )
+            calls = self._calls[number] = Calls(
+                number, tokens, job.deadline, cluster.workers, cluster.clock, self.feed
+            )
+        return calls
 
     def _report(self, report: Report) -> None:
         """The attempt is over."""
@@ -233,9 +204,6 @@ class LiveRequest:
         if report.failed_worker:
             where = f"{name}/{report.attempt}"
             log.info("%s: %s failed with %s", where, report.failed_worker, report.failure)
-        if self._attempt is not None:
-            self._attempt.forget()
-            self._attempt = None
         self._told = self._cluster.coordinator.report(name, report)
 
     def _end(self, error: Exception | None) -> None:
@@ -243,84 +211,6 @@ class LiveRequest:
             return
         self._error = error
         self._deadline.cancel()
-        self._watch.cancel()
+        self._watch.stop()
         self._moved.set()
         self._ended.set()
-
-
-class _Attempt:
-    """One attempt's calls: sends its commands to workers and their answers to the core."""
-
-    def __init__(
-        self,
-        live: LiveRequest,
-        number: int,
-        tokens: generation_pb2.TokenRequest,
-        deadline: float,
-        cluster: Cluster,
-    ) -> None:
-        self._live = live
-        self._number = number
-        self._tokens = tokens
-        self._deadline = deadline
-        self._workers = cluster.workers
-        self._clock = cluster.clock
-        self._prefill: asyncio.Task[None] | None = None
-        self._link: DecodeLink | None = None
-
-    def act(self, command: Command) -> None:
-        """Carries out what concerns workers."""
-        name = self._tokens.request_id
-        match command:
-            case StartPrefill(_, worker, prefix):
-                link = self._workers.prefill(worker.address)
-                prompt = wire.prefill_request(self._tokens, prefix)
-                self._prefill = link.start(prompt, self._left(), self)
-            case StartDecode(_, worker, source, prefix):
-                deadline_ms = min(round(self._left() * 1000), MAX_DEADLINE_MS)
-                message = wire.start_message(self._tokens, worker, source, prefix, deadline_ms)
-                self._link = self._workers.decode(worker.address)
-                self._link.start(name, message, self)
-            case Proceed(_, worker, token_ids, handle):
-                self._send(wire.proceed_message(name, token_ids, handle))
-            case CancelDecode():
-                self._send(wire.cancel_message(name))
-            case CancelPrefill():
-                assert self._prefill is not None
-                self._prefill.cancel()
-            case Release(_, worker):
-                self._workers.prefill(worker.address).release(name)
-            case _:
-                raise TypeError(f"{type(command).__name__} is not for workers")
-
-    def forget(self) -> None:
-        """Wants nothing more from the decode stream."""
-        if self._link is not None:
-            self._link.forget(self._tokens.request_id)
-
-    def _left(self) -> float:
-        return max(0.001, self._deadline - self._clock())
-
-    def _send(self, message: decode_pb2.DecodeRequest) -> None:
-        assert self._link is not None
-        self._link.send(message)
-
-    def output(self, message: decode_pb2.RequestOutput) -> None:
-        """See DecodeSink."""
-        self._live.feed(wire.output_from(self._number, message))
-
-    def decode_lost(self, error: TandemError, unreachable: bool) -> None:
-        """See DecodeSink."""
-        self._live.feed(WorkerFailed(self._number, Role.DECODE, error, unreachable))
-
-    def accepted(self) -> None:
-        """See PrefillSink."""
-        self._live.feed(PrefillAccepted(self._number))
-
-    def prefilled(self, message: prefill_pb2.PrefillDone) -> None:
-        """See PrefillSink."""
-        self._live.feed(wire.done_from(self._number, message))
-
-    def prefill_failed(self, error: TandemError, unreachable: bool) -> None:
-        """See PrefillSink."""
-        self._live.feed(WorkerFailed(self._number, Role.PREFILL, error, unreachable))

@@ -17,10 +17,11 @@ from services.engine.wire import FINISH, logprobs_to
 from services.frontend import validate, wire
 from services.frontend.live import Cluster, Job, LiveRequest
 from services.frontend.model import Model
-from services.frontend.request import Limits, Request
+from services.frontend.output import Limits
+from services.frontend.request import Request
 from services.frontend.served import ServedModel
 from services.frontend.text import TextStream
-from services.runtime.errors import DuplicateRequestError, NoWorkersError
+from services.runtime.errors import DuplicateRequestError, NoWorkersError, TandemError
 from services.runtime.settings import FrontendSettings
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
@@ -52,6 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._texts = texts
         self._chance = chance
         self._live: set[str] = set()
+        self._tenant_regions = tenant_regions(settings.tenant_regions)
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -138,6 +140,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._live.add(request_id)
         try:
             yield request_id
+        except TandemError as error:
+            # What was refused can be asked about by its name, too.
+            error.metadata.setdefault("request_id", request_id)
+            raise
         finally:
             self._live.discard(request_id)
 
@@ -147,6 +153,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Checks everything, tokenizes, and sets the request going."""
         left = context.time_remaining()
         deadline = arrived + (self._settings.default_timeout_seconds if left is None else left)
+        wishes = self._wishes(asked, context)
         served = await self._served(asked.model)
         limits = validate.ModelLimits(
             served.name,
@@ -158,22 +165,46 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         validate.check_stops(asked.stop)
         sampling = validate.check_sampling(asked.sampling, limits, self._chance.seed)
         loop = asyncio.get_running_loop()
-        prompt, keys = await loop.run_in_executor(self._texts, self._tokenize, given, served)
+        salted = salt(served.name, served.kv_layout, wishes.tenant)
+        prompt, keys = await loop.run_in_executor(
+            self._texts, self._tokenize, given, served, salted
+        )
         room = validate.room_for_output(given, len(prompt), served.context_tokens)
         sampling = clipped(sampling, room)
 
         async def keys_with(output: Sequence[int]) -> list[bytes]:
             if not output:
                 return keys
-            return await loop.run_in_executor(self._texts, _keys, [*prompt, *output], served)
+            tokens = [*prompt, *output]
+            return await loop.run_in_executor(
+                self._texts, block_keys, tokens, served.block_tokens, salted
+            )
 
-        job = Job(request_id, served, prompt, sampling, deadline, keys_with)
+        job = Job(request_id, served, prompt, sampling, deadline, wishes, keys_with)
         core = Request(
             limits=self._limits(len(prompt), sampling),
             text=TextStream(self._model.detokenizer(), asked.stop),
             arrived=arrived,
         )
         return LiveRequest(core, job, self._cluster), job
+
+    def _wishes(self, asked: validate.Asked, context: _Context) -> validate.Wishes:
+        validate.check_priority(asked.priority)
+        validate.check_session(asked.session)
+        validate.check_service_level(asked.ttft_seconds, asked.itl_seconds)
+        tenant, name = "", self._settings.tenant_metadata
+        if name:
+            given = [str(v) for k, v in context.invocation_metadata() or () if k == name]
+            tenant = validate.check_tenant(name, given)
+        return validate.Wishes(
+            tenant=tenant,
+            priority=asked.priority,
+            session=asked.session,
+            region=self._settings.region,
+            allowed_regions=self._tenant_regions.get(tenant, ()),
+            ttft_seconds=asked.ttft_seconds,
+            itl_seconds=asked.itl_seconds,
+        )
 
     async def _served(self, asked: str) -> ServedModel:
         own = self._model.name
@@ -186,11 +217,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return served
 
     def _tokenize(
-        self, asked: validate.Input, served: ServedModel
+        self, asked: validate.Input, served: ServedModel, salted: bytes
     ) -> tuple[list[int], list[bytes]]:
         """Runs in a thread."""
         prompt = self._model.encode(asked)
-        return prompt, _keys(prompt, served)
+        return prompt, block_keys(prompt, served.block_tokens, salted)
 
     def _limits(self, prompt_tokens: int, sampling: Sampling) -> Limits:
         ends = () if sampling.ignore_eos else self._model.eos_token_ids
@@ -210,5 +241,7 @@ def clipped(sampling: Sampling, room: int) -> Sampling:
     return replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
 
 
-def _keys(tokens: Sequence[int], served: ServedModel) -> list[bytes]:
-    return block_keys(tokens, served.block_tokens, salt(served.name, served.kv_layout))
+def tenant_regions(rules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Regions that a tenant's requests may be computed in, of "tenant=region+region"."""
+    parted = (rule.partition("=") for rule in rules)
+    return {tenant: tuple(regions.split("+")) for tenant, _, regions in parted}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.frontend.request import Attempt
+from services.frontend.attempt import Attempt
 
 
 def cached_tokens(prompt_tokens: int, attempts: Iterable[Attempt]) -> int:

@@ -21,6 +21,7 @@ MAX_STOP_TOKENS = 64
 # Less would push logits out of float32.
 LEAST_REPETITION_PENALTY = 0.001
 MAX_ID_CHARACTERS = 128
+MAX_PRIORITY = 100
 
 _ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
 
@@ -77,6 +78,23 @@ class Asked:
     sampling: AskedSampling
     stop: tuple[str, ...]
     request_id: str
+    priority: int = 0
+    session: str = ""
+    ttft_seconds: float = 0.0
+    itl_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What of a request is for the coordinator alone; fields as in coordinator.proto."""
+
+    tenant: str = ""
+    priority: int = 0
+    session: str = ""
+    region: str = ""
+    allowed_regions: tuple[str, ...] = ()
+    ttft_seconds: float = 0.0
+    itl_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,38 @@ def check_input(asked: Input | None, vocabulary: int) -> Input:
                 raise InvalidRequestError("tokens.token_ids", [], "at least one token")
             _check_vocabulary("tokens.token_ids", token_ids, vocabulary)
     return asked
+
+
+def check_priority(priority: int) -> None:
+    """Raises InvalidRequestError."""
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequestError("priority", priority, f"{-MAX_PRIORITY} to {MAX_PRIORITY}")
+
+
+def check_session(session: str) -> None:
+    """Raises InvalidRequestError."""
+    if len(session) > MAX_ID_CHARACTERS:
+        allowed = f"at most {MAX_ID_CHARACTERS} characters"
+        raise InvalidRequestError("session", session, allowed)
+
+
+def check_service_level(ttft_seconds: float, itl_seconds: float) -> None:
+    """Seconds, 0 for no limit. Raises InvalidRequestError."""
+    for name, value in (("ttft_seconds", ttft_seconds), ("itl_seconds", itl_seconds)):
+        if not 0 <= value < math.inf:
+            allowed = "a number of seconds, or 0 for no limit"
+            raise InvalidRequestError(f"service_level.{name}", value, allowed)
+
+
+def check_tenant(metadata: str, values: Sequence[str]) -> str:
+    """The tenant that a request's metadata of this name gives. Raises InvalidRequestError.
+
+    There is no default: a request that its proxy forgot to mark must not share KV with others.
+    """
+    if len(values) != 1 or not 1 <= len(values[0]) <= MAX_ID_CHARACTERS:
+        allowed = f"one value of 1 to {MAX_ID_CHARACTERS} characters, which names the tenant"
+        raise InvalidRequestError(f"metadata {metadata}", values, allowed)
+    return values[0]
 
 
 def check_stops(stops: Sequence[str]) -> None:

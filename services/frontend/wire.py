@@ -55,7 +55,18 @@ def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
     sampling = AskedSampling(
         stop_token_ids=tuple(s.stop_token_ids), ignore_eos=s.ignore_eos, **given
     )
-    return Asked(message.model, asked, sampling, tuple(message.stop), message.request_id)
+    level = message.service_level
+    return Asked(
+        message.model,
+        asked,
+        sampling,
+        tuple(message.stop),
+        message.request_id,
+        message.priority,
+        message.session,
+        level.ttft_seconds,
+        level.itl_seconds,
+    )
 
 
 # To clients
@@ -127,6 +138,7 @@ def token_request(
     prompt: Sequence[int],
     output: Sequence[int],
     sampling: generation_pb2.SamplingParams,
+    tenant: str = "",
 ) -> generation_pb2.TokenRequest:
     """An attempt as workers see it."""
     return generation_pb2.TokenRequest(
@@ -134,6 +146,7 @@ def token_request(
         prompt_token_ids=prompt,
         output_token_ids=output,
         sampling=sampling,
+        tenant=tenant,
     )
 
 
@@ -193,6 +206,7 @@ def output_from(number: int, message: decode_pb2.RequestOutput) -> DecodeOutput:
         _FINISH_FROM.get(message.finish_reason),
         error,
         kv_from(message.kv) if message.HasField("kv") else None,
+        message.moving,
     )
 
 
@@ -228,6 +242,8 @@ def placement_from(message: coordinator_pb2.PlaceResponse) -> Placement:
         prefill,
         tuple(message.reasons),
         prefix_from(message.prefix),
+        message.predicted_ttft_seconds,
+        message.predicted_itl_seconds,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from services.frontend.pulse import Pulse
 from services.frontend.wire import failure_of
 from services.runtime.channels import Channels
 from services.runtime.errors import EngineFailedError, TandemError, WorkerLostError
@@ -56,12 +57,14 @@ class DecodeLink:
     def __init__(
         self, address: str, channel: grpc.aio.Channel, frontend_id: str, clock: Callable[[], float]
     ) -> None:
-        self.heard_at = clock()
+        self.pulse = Pulse(channel, clock)
         self._address = address
         self._clock = clock
         self._stub = decode_pb2_grpc.DecodeServiceStub(channel)
         self._open = decode_pb2.DecodeRequest(open=decode_pb2.Open(frontend_id=frontend_id))
         self._sinks: dict[str, DecodeSink] = {}
+        self._spoke: frozenset[str] = frozenset()
+        self._spoke_at = 0.0
         self._outbox: _Outbox | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -90,6 +93,7 @@ class DecodeLink:
 
     async def close(self) -> None:
         """Half-closes, so that what was sent before still arrives; then ends it."""
+        await self.pulse.close()
         task = self._task
         if self._outbox is None or task is None:
             return
@@ -104,7 +108,7 @@ class DecodeLink:
         call = self._stub.Decode(_messages(outbox))
         try:
             async for frame in call:
-                self.heard_at = self._clock()
+                self._note(frame)
                 for output in frame.outputs:
                     sink = self._sinks.get(output.request_id)
                     if sink is not None:
@@ -114,12 +118,23 @@ class DecodeLink:
         finally:
             call.cancel()
             outbox.put_nowait(None)
-            self._outbox = None
+            self._outbox, self._spoke = None, frozenset()
             sinks, self._sinks = self._sinks, {}
             if sinks:
                 log.info("lost the stream to %s with %d requests", self._address, len(sinks))
             for sink in sinks.values():
                 sink.decode_lost(error, unreachable)
+
+    def _note(self, frame: decode_pb2.DecodeResponse) -> None:
+        """How long a step took: the time since the last one, if some request was in both."""
+        spoke = frozenset(o.request_id for o in frame.outputs if o.token_ids)
+        self.pulse.came(moved=bool(spoke) or any(o.HasField("kv") for o in frame.outputs))
+        if not spoke:
+            return
+        now = self._clock()
+        if not spoke.isdisjoint(self._spoke):
+            self.pulse.heard.rhythm.note(now - self._spoke_at, now)
+        self._spoke, self._spoke_at = spoke, now
 
 
 async def _messages(outbox: _Outbox) -> AsyncIterator[decode_pb2.DecodeRequest]:
@@ -131,7 +146,7 @@ class PrefillLink:
     """Calls to one prefill worker."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel, clock: Callable[[], float]) -> None:
-        self.heard_at = clock()
+        self.pulse = Pulse(channel, clock)
         self._address = address
         self._clock = clock
         self._prefill = prefill_pb2_grpc.PrefillServiceStub(channel)
@@ -155,6 +170,7 @@ class PrefillLink:
 
     async def close(self) -> None:
         """Lets releases through, cancels the rest."""
+        await self.pulse.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=FAREWELL_SECONDS)
         for task in self._tasks:
@@ -171,14 +187,18 @@ class PrefillLink:
         self, request: prefill_pb2.PrefillRequest, timeout: float, sink: PrefillSink
     ) -> None:
         call = self._prefill.Prefill(request, timeout=timeout)
-        answered = False
+        answered, began = False, self._clock()
         try:
             async for message in call:
-                self.heard_at = self._clock()
-                if message.HasField("done"):
+                done = message.HasField("done")
+                self.pulse.came(moved=done)
+                if done:
                     answered = True
+                    took = self._clock() - began
+                    self.pulse.heard.pace.note(message.done.kv.computed_tokens, took)
                     sink.prefilled(message.done)
                 else:
+                    began = self._clock()
                     sink.accepted()
         except grpc.aio.AioRpcError as error:
             sink.prefill_failed(*failure_of(error, self._address))

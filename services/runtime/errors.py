@@ -109,9 +109,16 @@ class CoordinatorUnavailableError(RetryableError):
 
 
 class WorkerLostError(RetryableError):
-    """A worker died or went silent while it had the request."""
+    """A worker died while it had the request."""
 
     reason = "WORKER_LOST"
+    code = "UNAVAILABLE"
+
+
+class WorkerSilentError(RetryableError):
+    """A worker that is there, for all that is known, brought nothing for longer than it takes."""
+
+    reason = "WORKER_SILENT"
     code = "UNAVAILABLE"
 
 
@@ -126,6 +133,13 @@ class DrainingError(RetryableError):
     """The process is shutting down and takes no new requests."""
 
     reason = "DRAINING"
+    code = "UNAVAILABLE"
+
+
+class RoleChangedError(RetryableError):
+    """The worker has changed its role and does not serve this now."""
+
+    reason = "ROLE_CHANGED"
     code = "UNAVAILABLE"
 
 

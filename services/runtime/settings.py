@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
 Patience = Annotated[float, Field(ge=0.1, le=86_400)]
@@ -26,8 +26,15 @@ ExpertCounts = Annotated[str, Field(pattern=r"^([1-9]\d{0,4}(/[1-9]\d{0,4}){5})?
 
 ResidencyRule = Annotated[str, Field(pattern=r"^[^=+,\s]+=[^=+,\s]+(\+[^=+,\s]+)*$")]
 """tenant=region+region, one region at least."""
-MetadataName = Annotated[str, Field(pattern=r"^([a-z0-9_.-]*(?<!-bin))?$")]
-"""Of text: names that end with -bin are of bytes."""
+
+
+def _text_metadata(name: str) -> str:
+    if name.endswith("-bin"):
+        raise ValueError("names that end with -bin are of bytes, and a tenant is text")
+    return name
+
+
+MetadataName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]*$"), AfterValidator(_text_metadata)]
 
 
 class _Section(BaseModel):
@@ -199,6 +206,14 @@ class WorkerSettings(_Section):
         "a worker says of itself: nothing proves it.",
     )
     heartbeat_seconds: Seconds = Field(0.5, description="Between reports of load.")
+    can_be: tuple[Literal["prefill", "decode", "both"], ...] = Field(
+        (),
+        description="Roles that the coordinator may change this worker's to while it runs; the one "
+        "that it starts with is always allowed. Empty: it keeps that.",
+    )
+    role_min_seconds: Seconds = Field(
+        60.0, description="A worker that has changed its role keeps it at least this long."
+    )
 
 
 class CoordinatorSettings(_Section):
@@ -216,6 +231,12 @@ class CoordinatorSettings(_Section):
         64,
         ge=0,
         description="Uncached prompts up to this long are computed on the decode worker.",
+    )
+    rebalance_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="A pool out of balance for this long has a worker change its role, if one may "
+        "(worker.can_be); 0: never.",
     )
     expert_plan_seconds: float = Field(
         60.0,
@@ -290,7 +311,7 @@ class FrontendProcess(_Section):
 
 
 class WorkerProcess(_Section):
-    """Everything `tandem serve prefill` and `tandem serve decode` read."""
+    """Everything that `tandem serve prefill`, `decode` and `both` read."""
 
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()

@@ -20,8 +20,10 @@ from kvtransfer.keys import block_keys, salt
 from services.frontend import coordinator as coordinator_module
 from services.frontend import workers as workers_module
 from services.frontend.app import serve_model
+from services.frontend.awake import Awake
 from services.frontend.coordinator import Coordinator
 from services.frontend.live import Cluster
+from services.frontend.patience import Patience
 from services.frontend.service import Chance, InferenceServicer
 from services.frontend.validate import Chat, Prompt
 from services.frontend.workers import Workers
@@ -374,7 +376,8 @@ async def a_world(**settings):
     frontend = FrontendSettings(**settings)
     coordinator = Coordinator(address, channels, "frontend-1", clock)
     world.workers = Workers(channels, "frontend-1", clock)
-    cluster = Cluster(coordinator, world.workers, clock, frontend.stall_seconds)
+    patience = Patience(frontend.silence_seconds, frontend.stall_seconds)
+    cluster = Cluster(coordinator, world.workers, clock, patience, Awake(clock))
     ids = iter(range(10**6))
     chance = Chance(lambda: f"made-{next(ids)}", lambda: 4711)
     with ThreadPoolExecutor(1) as texts:
@@ -767,7 +770,7 @@ async def test_a_silent_worker_is_lost_for_its_requests():
         answer = await world.whole(ask())
         assert list(answer.token_ids) == answer_to("tandem", 12)
         first, _ = answer.route.attempts
-        assert (first.decode_worker, first.failure) == ("d0", "WORKER_LOST")
+        assert (first.decode_worker, first.failure) == ("d0", "WORKER_SILENT")
         assert world.decode["d0"].cancels == ["made-0/0"]
         assert not world.coordinator.reports[0].unreachable
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from services.engine.api import KvReport, PrefixReport
+from services.frontend.attempt import Attempt
 from services.frontend.events import Placement, Worker
-from services.frontend.request import Attempt
 from services.frontend.usage import cached_tokens
 
 P, D = Worker("p", "p:1", cached_tokens=40), Worker("d", "d:1", cached_tokens=48)
