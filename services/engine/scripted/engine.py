@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtransfer.policy import ExportPolicy
+from services.engine.scripted.experts import ScriptedExperts, shape_of
 from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.engine import SteppedEngine
@@ -10,7 +11,10 @@ from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
 
 
 class ScriptedEngine(SteppedEngine):
-    """Tokens are a function of the tokens before them (and of the seed, if sampled)."""
+    """Tokens are a function of the tokens before them (and of the seed, if sampled).
+
+    Raises SettingsError if engine.scripted_experts can't be.
+    """
 
     def __init__(
         self,
@@ -21,12 +25,24 @@ class ScriptedEngine(SteppedEngine):
         host: str,
         policy: ExportPolicy | None = None,
     ) -> None:
+        shape = shape_of(engine.scripted_experts)
+
         def load() -> LoadedModel:
+            experts = None if shape is None else ScriptedExperts(shape)
             scripted = ScriptedModel(
                 model.name,
                 block_tokens=engine.block_tokens,
                 step_seconds=engine.scripted_step_seconds,
+                experts=experts,
             )
-            return LoadedModel(scripted, model.name, CONTEXT_TOKENS, VOCABULARY, (EOS,))
+            return LoadedModel(
+                scripted,
+                model.name,
+                CONTEXT_TOKENS,
+                VOCABULARY,
+                (EOS,),
+                dp_ranks=engine.scripted_dp_ranks,
+                experts=experts,
+            )
 
         super().__init__(load, engine, kv, host=host, policy=policy)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout, gqa_layout
+from services.engine.scripted.experts import ScriptedExperts
 from services.engine.stepped.batch import AfterLayers, StepBatch
 
 LAYERS = 4
@@ -41,6 +42,7 @@ class ScriptedModel:
         *,
         block_tokens: int,
         step_seconds: float = 0.0,
+        experts: ScriptedExperts | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.layout: KvLayout = gqa_layout(
@@ -53,6 +55,7 @@ class ScriptedModel:
         )
         self.numerics = f"scripted-1-{name}"
         self._step_seconds = step_seconds
+        self._experts = experts
         self._sleep = sleep
 
     def bind(self, memory: NDArray[np.uint8]) -> None:
@@ -77,6 +80,8 @@ class ScriptedModel:
         """Writes K = token and layer, V = position; logits [R, GENERATED] of all tokens read."""
         if self._step_seconds:
             self._sleep(self._step_seconds)
+        if self._experts is not None:
+            self._experts.route(batch.token_ids)
         blocks, offsets = self._places(batch)
         for first in range(0, LAYERS, layers_per_piece):
             layers = min(layers_per_piece, LAYERS - first)

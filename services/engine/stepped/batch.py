@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
+from services.engine.api import ExpertMap, ExpertMove, ExpertShape
 from services.engine.stepped.scheduler import Work
 
 Int32s = NDArray[np.int32]
@@ -61,6 +62,24 @@ class Model(Protocol):
         """Writes the KV of the batch's tokens; returns logits [R, vocabulary]."""
 
 
+class Experts(Protocol):
+    """A model's experts, whose replicas can be moved. Any thread may call."""
+
+    @property
+    def shape(self) -> ExpertShape:
+        """How they can be placed."""
+
+    @property
+    def map(self) -> ExpertMap:
+        """Where they are."""
+
+    def tokens(self) -> tuple[int, ...]:
+        """See EngineStats.expert_tokens."""
+
+    def move(self, plan: ExpertMap, moves: Seq[ExpertMove]) -> None:
+        """Copies between two steps, for a plan that leads from `map` to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model, and what the engine must know about it beside its computation."""
@@ -70,6 +89,8 @@ class LoadedModel:
     context_tokens: int
     vocabulary: int
     eos_token_ids: tuple[int, ...]
+    dp_ranks: int = 1
+    experts: Experts | None = None
 
 
 def batch_of(works: Seq[Work]) -> StepBatch:

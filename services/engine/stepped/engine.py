@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from kvtransfer.bandwidth import Bandwidth
@@ -34,22 +35,26 @@ from services.engine.api import (
     EngineFault,
     EngineInfo,
     EngineStats,
+    ExpertMap,
+    ExpertMove,
     FinishReason,
     FirstTokens,
     Hold,
     KvEvents,
     KvPrefix,
     KvSource,
+    RankStats,
     Request,
     StepOutput,
     TokenOutput,
 )
+from services.engine.experts import check_plan
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
 from services.engine.stepped.prefix import tier_timeout
 from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
-from services.engine.stepped.step import Stepper, StepResult
+from services.engine.stepped.step import Load, Stepper, StepResult
 from services.engine.stepped.thread import StepThread
 from services.runtime.errors import (
     DuplicateRequestError,
@@ -77,6 +82,7 @@ class _Request:
     serial: int
     prompt_tokens: int
     """Still to be computed here, as far as is known."""
+    dp_rank: int = 0
     proceeded: float | None = None
     """When its first tokens came from prefill: since then it waits for its KV alone."""
 
@@ -159,7 +165,10 @@ class SteppedEngine:
             numerics=loaded.model.numerics,
             kv_transports=self.kv.offered,
             kv_not_offered=self.kv.not_offered,
+            dp_ranks=loaded.dp_ranks,
+            experts=None if loaded.experts is None else loaded.experts.shape,
         )
+        self._experts = loaded.experts
         self._stepper = Stepper(
             loaded.model,
             store,
@@ -168,6 +177,7 @@ class SteppedEngine:
             recompute_max_tokens=kv.recompute_max_tokens,
             bandwidth=self._bandwidth,
             clock=self._clock,
+            dp_ranks=loaded.dp_ranks,
         )
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
@@ -226,6 +236,16 @@ class SteppedEngine:
         else:
             self._store.release_lease(request_id)
 
+    def update_experts(self, plan: ExpertMap, moves: Seq[ExpertMove]) -> None:
+        """Copies experts until they are where the plan says, between two steps."""
+        experts = self._experts
+        if experts is None:
+            raise InvalidRequestError(
+                "expert_plan", plan.plan, "this engine has no experts that can be moved"
+            )
+        check_plan(experts.shape, experts.map, plan, moves)
+        experts.move(plan, moves)
+
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """All that comes of requests. One consumer."""
         while (output := await self._outputs.get()) is not None:
@@ -269,7 +289,26 @@ class SteppedEngine:
             kv_refused=counters.refused,
             leases_expired=counters.expired,
             kv_tiers=store.tiers,
+            ranks=self._ranks(load),
+            expert_tokens=() if self._experts is None else self._experts.tokens(),
+            expert_map=None if self._experts is None else self._experts.map,
         )
+
+    def _ranks(self, load: Load) -> tuple[RankStats, ...]:
+        """The step thread's figures, and what is on its way to it."""
+        ranks = list(load.ranks)
+        if not ranks:
+            return ()
+        for request in reversed(self._live.values()):
+            if request.serial <= load.serial:
+                break
+            of = ranks[request.dp_rank]
+            ranks[request.dp_rank] = replace(
+                of,
+                waiting=of.waiting + 1,
+                queued_tokens=of.queued_tokens + request.prompt_tokens,
+            )
+        return tuple(ranks)
 
     def check_integrity(self) -> None:
         """Proves the pool's books (free + cached + held = total); raises AssertionError."""
@@ -288,6 +327,10 @@ class SteppedEngine:
         if len(self._live) >= limit:
             raise EngineOverloadedError(f"{limit} requests are here already", limit=limit)
         tokens, info = request.token_ids, self._info
+        if request.dp_rank >= info.dp_ranks:
+            raise InvalidRequestError(
+                "dp_rank", request.dp_rank, f"this worker has {info.dp_ranks}"
+            )
         if not request.prompt_token_ids:
             raise InvalidRequestError("prompt_token_ids", (), "at least one token is")
         if len(tokens) >= info.context_tokens:
@@ -310,7 +353,9 @@ class SteppedEngine:
         serial = next(self._serials)
         prefix = prefix if self._kv_settings.prefix_fetch else None
         sequence = Sequence.of(serial, request, role, chain, source, prefix)
-        self._live[request.request_id] = _Request(serial, 0 if source else sequence.context)
+        self._live[request.request_id] = _Request(
+            serial, 0 if source else sequence.context, request.dp_rank
+        )
         self._inbox.put(Submit(sequence))
 
     # Results

@@ -130,9 +130,13 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens to be computed here."""
-        here = [s for s in self._waiting if s.source is None]
-        here += [s for s in self._admitted if s.phase in (Phase.RUNNING, Phase.FETCHING)]
-        return sum(max(0, s.context - self._covered(s)) for s in here)
+        return sum(self.to_compute(s) for s in (*self._waiting, *self._admitted))
+
+    def to_compute(self, sequence: Sequence) -> int:
+        """Prompt tokens of a sequence to be computed here."""
+        if sequence.source is not None or sequence.phase not in _COMPUTES:
+            return 0
+        return max(0, sequence.context - self._covered(sequence))
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a new sequence, whose blocks fit into an empty pool."""
@@ -361,6 +365,7 @@ class Scheduler:
         return -(-tokens // self._block_tokens)
 
 
+_COMPUTES = frozenset({Phase.WAITING, Phase.RUNNING, Phase.FETCHING})
 _PREEMPTIBLE = frozenset({Phase.RUNNING, Phase.PARKED, Phase.FETCHING})
 
 

@@ -19,12 +19,14 @@ from services.engine.api import (
     KvPrefix,
     KvReport,
     PrefixReport,
+    RankStats,
     TokenOutput,
 )
 from services.engine.stepped.batch import Model, batch_of
 from services.engine.stepped.inbox import Cancel, Command, FetchStopped, Proceed, Submit
 from services.engine.stepped.phases import Phase
 from services.engine.stepped.prefix import Verdict, judge
+from services.engine.stepped.ranks import rank_stats
 from services.engine.stepped.rates import Rates
 from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
@@ -66,6 +68,8 @@ class Load:
     preempted: int = 0
     prefill_tokens_per_second: float = 0.0
     step_seconds: float = 0.0
+    ranks: tuple[RankStats, ...] = ()
+    """None for a single one."""
 
 
 @dataclass(slots=True)
@@ -95,8 +99,9 @@ class Stepper:
         recompute_max_tokens: int,
         bandwidth: Bandwidth,
         clock: Callable[[], float],
+        dp_ranks: int = 1,
     ) -> None:
-        self.load = Load()
+        self._dp_ranks = dp_ranks
         self._model = model
         self._store = store
         self._scheduler = Scheduler(
@@ -116,6 +121,7 @@ class Stepper:
         self._result = StepResult()
         self._rates = Rates()
         self._serial = self._finished = self._preempted = 0
+        self.load = Load(ranks=self._ranks())
 
     @property
     def idle(self) -> bool:
@@ -178,8 +184,21 @@ class Stepper:
             preempted=self._preempted,
             prefill_tokens_per_second=self._rates.prefill_tokens_per_second,
             step_seconds=self._rates.step_seconds,
+            ranks=self._ranks(),
         )
         return result
+
+    def _ranks(self) -> tuple[RankStats, ...]:
+        if self._dp_ranks == 1:
+            return ()
+        scheduler = self._scheduler
+        return rank_stats(
+            self._dp_ranks,
+            self._store.total_blocks,
+            scheduler.admitted,
+            scheduler.waiting,
+            scheduler.to_compute,
+        )
 
     def fail(self, sequences: Iterable[Sequence], error: Exception) -> None:
         """Ends sequences that a broken step has left in doubt."""
