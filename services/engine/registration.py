@@ -41,7 +41,12 @@ COALESCE_SECONDS = 0.02
 KEYS_IN_A_MESSAGE = 32_768
 """About 600 kB on the wire."""
 
-_ROLES = {"prefill": pb.WORKER_ROLE_PREFILL, "decode": pb.WORKER_ROLE_DECODE}
+_ROLES = {
+    "prefill": pb.WORKER_ROLE_PREFILL,
+    "decode": pb.WORKER_ROLE_DECODE,
+    "both": pb.WORKER_ROLE_BOTH,
+}
+_ROLE_NAMES = {number: name for name, number in _ROLES.items()}
 
 _Call = grpc.aio.StreamStreamCall[pb.RegisterRequest, pb.RegisterResponse]
 
@@ -67,10 +72,19 @@ class WorkerIdentity:
     export_policy: ExportPolicy = field(default_factory=ExportPolicy)
     kv_transports: tuple[str, ...] = ()
     kv_not_offered: Mapping[str, str] = field(default_factory=dict)
+    can_be: tuple[str, ...] = ()
+    """Roles that it can change to; `role` is the one that it begins with."""
+
+
+def _keep(role: str, why: str) -> None:
+    """What a worker of a fixed role does that is asked for another."""
 
 
 class Registration:
-    """Keeps a worker registered. `draw` gives numbers in [0, 1), for jitter."""
+    """Keeps a worker registered. `draw` gives numbers in [0, 1), for jitter.
+
+    `on_role` is called with a role that a coordinator asks for, and why; it may call role_changed.
+    """
 
     def __init__(
         self,
@@ -79,6 +93,7 @@ class Registration:
         settings: WorkerSettings,
         channels: Channels,
         *,
+        on_role: Callable[[str, str], None] = _keep,
         hello_seconds: float = HELLO_SECONDS,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -90,11 +105,21 @@ class Registration:
         self._channels = channels
         self._patience = hello_seconds
         self._draw = draw
-        self._draining = asyncio.Event()
+        self._on_role = on_role
+        self._role = identity.role
+        self._draining = False
+        self._news = asyncio.Event()
+        """Something is to be told before the next heartbeat."""
 
     def drain(self) -> None:
         """Tells the coordinator, now and at every new start, that no new requests are wanted."""
-        self._draining.set()
+        self._draining = True
+        self._news.set()
+
+    def role_changed(self, role: str) -> None:
+        """Tells the coordinator, now and at every new start, what the worker serves."""
+        self._role = role
+        self._news.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Registers, again and again if need be, until `stop` is set."""
@@ -134,6 +159,7 @@ class Registration:
         """One stream, from Hello to whatever ends it."""
         channel = self._channels.get(self._settings.coordinator)
         call: _Call = pb_grpc.WorkerRegistryServiceStub(channel).Register()
+        role = self._role
         try:
             async with asyncio.timeout(self._patience):
                 await _write(call, self._hello())
@@ -143,18 +169,18 @@ class Registration:
             self.registered.set()
             log.info("registered with %s", answer.accepted.coordinator_id)
             interval = min(self._settings.heartbeat_seconds, answer.accepted.lease_ms / 3000)
-            await self._converse(_Writer(call, self._patience), call, interval)
+            await self._converse(_Writer(call, self._patience), call, interval, role)
         finally:
             call.cancel()
 
-    async def _converse(self, writer: _Writer, call: _Call, interval: float) -> None:
-        """Runs until one of the three parts fails."""
+    async def _converse(self, writer: _Writer, call: _Call, interval: float, role: str) -> None:
+        """Runs until one of the three parts fails. `role` is what the Hello said."""
         resync = asyncio.Event()
         parts = [
             asyncio.create_task(part)
             for part in (
                 self._listen(call, resync),
-                self._report(writer, interval),
+                self._report(writer, interval, role),
                 self._tell_kv(writer, resync),
             )
         ]
@@ -169,22 +195,28 @@ class Registration:
 
     async def _listen(self, call: _Call, resync: asyncio.Event) -> None:
         while True:
-            if (await _read(call)).HasField("resync"):
+            answer = await _read(call)
+            if answer.HasField("resync"):
                 resync.set()
+            elif answer.HasField("change_role") and answer.change_role.role in _ROLE_NAMES:
+                self._on_role(_ROLE_NAMES[answer.change_role.role], answer.change_role.why)
 
-    async def _report(self, writer: _Writer, interval: float) -> None:
-        told = False
+    async def _report(self, writer: _Writer, interval: float, role: str) -> None:
+        """Heartbeats, each behind what was to be told before it."""
+        left = False
         while True:
-            if self._draining.is_set() and not told:
+            self._news.clear()
+            if self._role != role:
+                role = self._role
+                changed = pb.RoleChanged(role=_ROLES[role])
+                await writer.write(pb.RegisterRequest(role_changed=changed))
+            if self._draining and not left:
+                left = True
                 await writer.write(pb.RegisterRequest(draining=pb.Draining()))
-                told = True
             stats = stats_to(self._engine.stats())
             await writer.write(pb.RegisterRequest(heartbeat=pb.Heartbeat(stats=stats)))
-            if told:
-                await asyncio.sleep(interval)
-            else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._draining.wait(), interval)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), interval)
 
     async def _tell_kv(self, writer: _Writer, resync: asyncio.Event) -> None:
         """Sends changes, and starts over with a snapshot whenever the coordinator asks for one."""
@@ -217,7 +249,7 @@ class Registration:
         me = self._identity
         info = pb.WorkerInfo(
             worker_id=me.worker_id,
-            role=_ROLES[me.role],
+            role=_ROLES[self._role],
             address=me.address,
             model=me.model,
             kv_layout=me.kv_layout,
@@ -233,6 +265,7 @@ class Registration:
             export_rules=rules_to(me.export_policy),
             kv_transports=me.kv_transports,
             kv_not_offered=me.kv_not_offered,
+            can_be=[_ROLES[role] for role in me.can_be],
         )
         return pb.RegisterRequest(hello=pb.Hello(info=info, stats=stats_to(self._engine.stats())))
 
