@@ -43,6 +43,7 @@ class Role(enum.StrEnum):
     FRONTEND = "frontend"
     PREFILL = "prefill"
     DECODE = "decode"
+    BOTH = "both"
 
 
 class Transport(enum.StrEnum):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -22,6 +23,7 @@ PROCESSES: dict[str, type[BaseModel]] = {
     "frontend": FrontendProcess,
     "prefill": WorkerProcess,
     "decode": WorkerProcess,
+    "both": WorkerProcess,
 }
 
 
@@ -40,7 +42,7 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
     settings, _ = load(PROCESSES[role], file, os.environ, flags)
     name = getattr(getattr(settings, "worker", None), "name", "") or role
     log.configure(settings.log, name)  # type: ignore[attr-defined]
-    app = importlib.import_module(f"services.{role}.app")
+    serve = _server_of(role)
 
     def ready(address: str) -> None:
         logging.getLogger(__name__).info("ready at %s", address)
@@ -48,7 +50,7 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
             process.notify_ready(parent.ready_fd, address)
 
     async def main(stop: process.Stop) -> None:
-        await app.serve(settings, ready=ready, stop=stop)
+        await serve(settings, ready=ready, stop=stop)
 
     try:
         return process.run(main)
@@ -57,3 +59,11 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
             raise  # the command says it in its own words
         logging.getLogger(__name__).exception("%s ends because of an unexpected error", name)
         return 1
+
+
+def _server_of(role: str) -> Callable[..., Awaitable[None]]:
+    """What runs the process: `serve(settings, ready=..., stop=...)`. Imports no more than that."""
+    if PROCESSES[role] is WorkerProcess:
+        return partial(importlib.import_module("services.worker.app").serve, role)
+    serve: Callable[..., Awaitable[None]] = importlib.import_module(f"services.{role}.app").serve
+    return serve

@@ -13,7 +13,7 @@ from cli.serve import PROCESSES
 from services.runtime.describe import allowed, fields, sections, show
 from services.runtime.load import DEFAULT, Given, load
 
-ALL = {"coordinator": "coordinator", "frontend": "frontend", "decode": "prefill, decode"}
+ALL = {"coordinator": "coordinator", "frontend": "frontend", "decode": "prefill, decode, both"}
 EMPTY = '""'
 
 

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Iterable
 
 import grpc
 
-from services.decode.wire import error_output, output_to
+from services.decode.wire import error_output, moving_output, output_to
 from services.engine.api import Engine, EngineFault, FirstTokens, KvSource, TokenOutput
 from services.engine.wire import prefix_from, request_from
 from services.runtime.errors import (
-    DrainingError,
     DuplicateRequestError,
     InvalidRequestError,
     TandemError,
+    by_reason,
 )
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
 
@@ -59,13 +59,18 @@ class _Stream:
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
-    """Owns which stream a request belongs to; the engine owns everything else."""
+    """Owns which stream a request belongs to; the engine owns everything else.
+
+    It takes requests unless it drains, for whatever reason. Then each request that runs is told to
+    move, once, and goes on meanwhile: its frontend cancels it when another worker has caught up.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._owner: dict[str, _Stream] = {}
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
-        self._draining = False
+        self._drains: EngineFault | None = None
+        self._moving: set[str] = set()
 
     async def Decode(  # noqa: N802
         self,
@@ -116,8 +121,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             s = start.source
             source = KvSource(s.worker_id, s.address, s.lease_id)
         try:
-            if self._draining:
-                raise DrainingError("this decode worker is shutting down")
+            if self._drains is not None:
+                raise by_reason(self._drains.reason, self._drains.message, self._drains.metadata)
             if request_id in self._owner:
                 raise DuplicateRequestError(
                     f"request {request_id} is already here", request_id=request_id
@@ -154,6 +159,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _forget(self, request_id: str) -> None:
         self._owner.pop(request_id).requests.discard(request_id)
+        self._moving.discard(request_id)
         timer = self._deadlines.pop(request_id, None)
         if timer is not None:
             timer.cancel()
@@ -173,12 +179,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Requests taken on and not finished."""
         return len(self._owner)
 
-    def drain(self) -> None:
-        """Takes no new requests."""
-        self._draining = True
+    def open(self) -> None:
+        """Takes new requests again."""
+        self._drains = None
+        self._moving.clear()
 
-    def hand_back(self) -> None:
+    def drain(self, why: EngineFault) -> None:
+        """Refuses new requests with `why`, and asks frontends to move those that run."""
+        self._drains = why
+        for request_id, stream in self._owner.items():
+            if request_id not in self._moving:
+                self._moving.add(request_id)
+                stream.put(moving_output(request_id))
+
+    def hand_back(self, why: EngineFault) -> None:
         """Gives what still runs back to the frontends, which place it elsewhere."""
-        fault = EngineFault("DRAINING", "this decode worker is shutting down")
         for request_id in list(self._owner):
-            self._give_up(request_id, fault)
+            self._give_up(request_id, why)

@@ -27,3 +27,8 @@ def error_output(request_id: str, fault: EngineFault) -> decode_pb2.RequestOutpu
         finish_reason=generation_pb2.FINISH_REASON_ERROR,
         error=fault_to(fault),
     )
+
+
+def moving_output(request_id: str) -> decode_pb2.RequestOutput:
+    """Word that this worker wants to be rid of a request, with which it goes on."""
+    return decode_pb2.RequestOutput(request_id=request_id, moving=True)

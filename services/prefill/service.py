@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from services.engine.api import Engine, FinishReason, Hold, TokenOutput
+from services.engine.api import Engine, EngineFault, FinishReason, Hold, TokenOutput
 from services.engine.wire import FINISH, kv_to, logprobs_to, prefix_from, request_from
-from services.runtime.errors import DrainingError, DuplicateRequestError, by_reason
+from services.runtime.errors import DuplicateRequestError, TandemError, by_reason
 from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 
 MAX_LEASE_SECONDS = 600.0
@@ -20,13 +20,16 @@ _Context = grpc.aio.ServicerContext[
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """Owns which call waits for which request; the engine owns everything else."""
+    """Owns which call waits for which request; the engine owns everything else.
+
+    It takes prompts unless it drains, for whatever reason; those it has it finishes.
+    """
 
     def __init__(self, engine: Engine, lease_seconds: float) -> None:
         self._engine = engine
         self._lease_seconds = lease_seconds
         self._waiting: dict[str, asyncio.Future[TokenOutput]] = {}
-        self._draining = False
+        self._drains: EngineFault | None = None
 
     async def Prefill(  # noqa: N802
         self,
@@ -34,8 +37,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         context: _Context,
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """Runs a prompt; see prefill.proto."""
-        if self._draining:
-            raise DrainingError("this prefill worker is shutting down")
+        if self._drains is not None:
+            raise _error(self._drains)
         prompt = request_from(request.request, self._engine.info.vocabulary)
         if prompt.request_id in self._waiting:
             raise DuplicateRequestError(
@@ -50,7 +53,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             yield prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted())
             output = await answer
             if output.error is not None:
-                raise by_reason(output.error.reason, output.error.message, output.error.metadata)
+                raise _error(output.error)
             yield prefill_pb2.PrefillResponse(done=_done(output))
             handed_over = output.finish_reason is None
         finally:
@@ -74,15 +77,23 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Prompts accepted and not yet answered."""
         return len(self._waiting)
 
-    def drain(self) -> None:
-        """Takes no new prompts."""
-        self._draining = True
+    def open(self) -> None:
+        """Takes new prompts again."""
+        self._drains = None
 
-    def hand_back(self) -> None:
+    def drain(self, why: EngineFault) -> None:
+        """Refuses new prompts with `why`."""
+        self._drains = why
+
+    def hand_back(self, why: EngineFault) -> None:
         """Fails what is still here, so that frontends place it elsewhere."""
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(DrainingError("this prefill worker is shutting down"))
+                answer.set_exception(_error(why))
+
+
+def _error(fault: EngineFault) -> TandemError:
+    return by_reason(fault.reason, fault.message, fault.metadata)
 
 
 def _done(output: TokenOutput) -> prefill_pb2.PrefillDone:

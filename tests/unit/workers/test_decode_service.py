@@ -184,19 +184,91 @@ async def test_the_deadline_ends_a_request_that_its_frontend_forgot(world):
     assert [c[1] for c in engine.named("cancel")] == ["a"]
 
 
-async def test_draining_refuses_new_requests_and_hands_back_old_ones(world):
-    engine, servicer, stub = world
+LEAVING = EngineFault("DRAINING", "leaving")
+CHANGED = EngineFault("ROLE_CHANGED", "prefill now", {"role": "prefill"})
+
+
+async def running(world, *names: str):
+    """A stream with requests that the engine has."""
+    engine, _, stub = world
+    before = len(engine.named("decode"))
     call = stub.Decode()
     await call.write(OPEN)
-    await call.write(start("a"))
-    await engine.wait_for("decode")
-    servicer.drain()
+    for name in names:
+        await call.write(start(name))
+    await engine.wait_for("decode", before + len(names))
+    return call
+
+
+def told(frame) -> list[tuple[str, list[int], bool]]:
+    return [(o.request_id, list(o.token_ids), o.moving) for o in frame.outputs]
+
+
+async def test_draining_refuses_new_requests_and_hands_back_old_ones(world):
+    engine, servicer, _ = world
+    call = await running(world, "a")
+    servicer.drain(LEAVING)
+    assert told(await call.read()) == [("a", [], True)]
     await call.write(start("b"))
     assert (await call.read()).outputs[0].error.reason == "DRAINING"
-    servicer.hand_back()
+    servicer.hand_back(LEAVING)
     (output,) = (await call.read()).outputs
     assert (output.request_id, output.error.reason) == ("a", "DRAINING")
     assert [c[1] for c in engine.named("cancel")] == ["a"]
+
+
+async def test_each_request_that_runs_is_told_to_move_once_and_goes_on(world):
+    engine, servicer, _ = world
+    call = await running(world, "a", "b")
+    other = await running(world, "c")
+    servicer.deliver((TokenOutput("a", (1,)),))
+    servicer.drain(CHANGED)
+    servicer.drain(LEAVING)  # it is told to end before all have moved
+    servicer.deliver((TokenOutput("a", (2,)), TokenOutput("b", (3,)), TokenOutput("c", (4,))))
+    assert told(await call.read()) == [
+        ("a", [1], False),
+        ("a", [], True),
+        ("b", [], True),
+        ("a", [2], False),
+        ("b", [3], False),
+    ]
+    assert told(await other.read()) == [("c", [], True), ("c", [4], False)]
+    servicer.deliver((TokenOutput("b", (5,), finish_reason=FinishReason.LENGTH),))
+    (last,) = (await call.read()).outputs
+    assert (last.finish_reason, last.error.reason) == (generation_pb2.FINISH_REASON_LENGTH, "")
+    assert engine.named("cancel") == []
+    assert servicer.live == 2
+
+
+async def test_cancelling_a_request_that_has_moved_leaves_nothing(world):
+    engine, servicer, _ = world
+    call = await running(world, "a")
+    servicer.drain(LEAVING)
+    await call.read()
+    cancel = decode_pb2.DecodeRequest(cancel=decode_pb2.Cancel(request_id="a"))
+    await call.write(cancel)
+    await engine.wait_for("cancel")
+    assert servicer.live == 0
+    servicer.deliver((TokenOutput("a", (7,)),))
+    servicer.hand_back(LEAVING)
+    await call.write(start("b"))  # what is read next is its refusal: nothing more came of a
+    assert [o.request_id for o in (await call.read()).outputs] == ["b"]
+
+
+async def test_a_role_that_is_left_is_refused_for_what_it_is_and_may_be_taken_up_again(world):
+    engine, servicer, _ = world
+    call = await running(world, "a")
+    servicer.drain(CHANGED)
+    assert told(await call.read()) == [("a", [], True)]
+    await call.write(start("b"))
+    (output,) = (await call.read()).outputs
+    assert (output.error.reason, output.error.message) == ("ROLE_CHANGED", "prefill now")
+    assert dict(output.error.metadata) == {"role": "prefill"}
+    servicer.open()
+    await call.write(start("b"))
+    await engine.wait_for("decode", 2)
+    servicer.drain(LEAVING)
+    assert told(await call.read()) == [("a", [], True), ("b", [], True)]
 
 
 @pytest.mark.parametrize("first", [None, start("a")])

@@ -145,8 +145,24 @@ async def test_draining_refuses_and_hands_back(world):
     engine, servicer, stub = world
     call = stub.Prefill(request())
     await call.read()
-    servicer.drain()
+    leaving = EngineFault("DRAINING", "leaving")
+    servicer.drain(leaving)
     assert (await failure_of(stub.Prefill(request("b/0")))).code() is grpc.StatusCode.UNAVAILABLE
-    servicer.hand_back()
+    servicer.hand_back(leaving)
     assert from_rpc(await failure_of(call)).reason == "DRAINING"
     assert [c[1] for c in await engine.wait_for("cancel")] == ["a/0"]
+
+
+async def test_a_role_that_is_left_finishes_its_prompts_and_may_be_taken_up_again(world):
+    engine, servicer, stub = world
+    call = stub.Prefill(request())
+    await call.read()
+    servicer.drain(EngineFault("ROLE_CHANGED", "decode now"))
+    refused = from_rpc(await failure_of(stub.Prefill(request("b/0"))))
+    assert (refused.reason, refused.message) == ("ROLE_CHANGED", "decode now")
+    servicer.deliver((TokenOutput("a/0", (9,), prefill_done=True),))
+    assert list((await call.read()).done.token_ids) == [9]
+    servicer.open()
+    again = stub.Prefill(request("b/0"))
+    assert (await again.read()).WhichOneof("message") == "accepted"
+    assert engine.named("cancel") == []

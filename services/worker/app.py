@@ -1,74 +1,71 @@
-"""What both worker processes are: an engine behind a gRPC server, in a cluster."""
+"""The worker process: loads an engine, serves it, stays registered, drains."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
-from services.engine.api import Engine, TokenOutput
+from services.decode.service import DecodeServicer
+from services.engine.api import Engine
 from services.engine.build import build
 from services.engine.regions import export_policy
 from services.engine.registration import Registration, WorkerIdentity
+from services.prefill.service import PrefillServicer
 from services.runtime.channels import Channels
-from services.runtime.errors import EngineFailedError
 from services.runtime.server import Server
 from services.runtime.settings import WorkerProcess
+from services.worker.duty import Duty
+from services.worker.worker import Worker, WorkerServicer
+from tandem.decode.v1 import decode_pb2_grpc
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
+from tandem.prefill.v1 import prefill_pb2_grpc
 
-log = logging.getLogger(__name__)
-
-DRAIN_POLL_SECONDS = 0.05
 FRAME_SECONDS = 1.0
 """Time for the last frames to reach their frontends once a drain has handed requests back."""
 
 
-class WorkerServicer(Protocol):
-    """What a role's servicer does beside serving its calls."""
-
-    @property
-    def live(self) -> int:
-        """Requests taken on and not finished."""
-
-    def deliver(self, outputs: tuple[TokenOutput, ...]) -> None:
-        """One engine step's outputs."""
-
-    def drain(self) -> None:
-        """Takes no new requests."""
-
-    def hand_back(self) -> None:
-        """Gives what still runs back to the frontends."""
-
-
 @dataclass(frozen=True, slots=True)
-class Role:
-    """How prefill and decode differ as processes."""
+class _Service:
+    """How one of the two services gets onto a server."""
 
     name: str
-    service: str
-    make: Callable[[Engine], WorkerServicer]
+    make: Callable[[Engine, WorkerProcess], WorkerServicer]
     add: Callable[[Any, grpc.aio.Server], None]
 
 
-async def serve_worker(
-    role: Role, settings: WorkerProcess, *, ready: Callable[[str], None], stop: asyncio.Event
+_SERVICES = {
+    "prefill": _Service(
+        "tandem.prefill.v1.PrefillService",
+        lambda engine, settings: PrefillServicer(engine, settings.kv.lease_seconds),
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server,
+    ),
+    "decode": _Service(
+        "tandem.decode.v1.DecodeService",
+        lambda engine, settings: DecodeServicer(engine),
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server,
+    ),
+}
+
+
+async def serve(
+    role: str, settings: WorkerProcess, *, ready: Callable[[str], None], stop: asyncio.Event
 ) -> None:
     """Loads the engine, serves, registers, and calls `ready`; on `stop` drains and closes.
 
-    Raises EngineFailedError if the engine's output ends while the process should serve: a worker
-    that can't generate must not look alive.
+    `role` is the one to begin with. Raises EngineFailedError if the engine's output ends while the
+    process should serve.
     """
     kv = settings.kv
     if kv.disk_tier_folder:
-        folder = Path(kv.disk_tier_folder) / (settings.worker.name or role.name)
+        folder = Path(kv.disk_tier_folder) / (settings.worker.name or role)
         kv = kv.model_copy(update={"disk_tier_folder": str(folder)})
     engine = build(
         settings.model, settings.engine, kv, settings.server.host, settings.worker.region
@@ -81,37 +78,36 @@ async def serve_worker(
 
 
 async def _serve_engine(
-    role: Role,
+    role: str,
     engine: Engine,
     settings: WorkerProcess,
     ready: Callable[[str], None],
     stop: asyncio.Event,
 ) -> None:
-    servicer = role.make(engine)
-    server = Server(settings.server, role.name)
-    server.add(role.add, servicer, role.service)
-    kv = getattr(engine, "kv", None)
-    if kv is not None:
-        server.add(
-            kvtransfer_pb2_grpc.add_KvTransferServiceServicer_to_server,
-            kv.servicer,
-            "tandem.kvtransfer.v1.KvTransferService",
-        )
-    address = await server.start()
+    own = settings.worker
+    duty = Duty(role, frozenset(own.can_be), own.role_min_seconds)
+    servicers = {name: _SERVICES[name].make(engine, settings) for name in duty.services}
+    worker = Worker(engine, servicers, duty)
+    address, server = await _listen(role, engine, servicers, settings)
     channels = Channels()
+
+    def on_role(wanted: str, why: str) -> None:
+        if worker.change_role(wanted, why):
+            registration.role_changed(wanted)
+
     registration = Registration(
-        engine, _identity(role, engine, settings, address), settings.worker, channels
+        engine, _identity(duty, engine, settings, address), own, channels, on_role=on_role
     )
     leaving = asyncio.Event()
     tasks = [
-        asyncio.create_task(_deliver(engine, servicer)),
+        asyncio.create_task(worker.deliver()),
         asyncio.create_task(registration.run(leaving)),
         asyncio.create_task(_announce(registration, address, ready)),
     ]
     try:
         await _until(stop, tasks)
         registration.drain()
-        await _drain(engine, servicer, settings.server.drain_seconds)
+        await worker.drain(settings.server.drain_seconds)
         # A worker whose books don't balance must not exit as if all were well.
         engine.check_integrity()
     finally:
@@ -121,6 +117,22 @@ async def _serve_engine(
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(FRAME_SECONDS)
         await channels.close()
+
+
+async def _listen(
+    role: str, engine: Engine, servicers: dict[str, WorkerServicer], settings: WorkerProcess
+) -> tuple[str, Server]:
+    server = Server(settings.server, role)
+    for name, servicer in servicers.items():
+        server.add(_SERVICES[name].add, servicer, _SERVICES[name].name)
+    kv = getattr(engine, "kv", None)
+    if kv is not None:
+        server.add(
+            kvtransfer_pb2_grpc.add_KvTransferServiceServicer_to_server,
+            kv.servicer,
+            "tandem.kvtransfer.v1.KvTransferService",
+        )
+    return await server.start(), server
 
 
 async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
@@ -138,30 +150,12 @@ async def _announce(registration: Registration, address: str, ready: Callable[[s
     ready(address)
 
 
-async def _deliver(engine: Engine, servicer: WorkerServicer) -> None:
-    async for step in engine.outputs():
-        servicer.deliver(step.outputs)
-    raise EngineFailedError("the engine stopped")
-
-
-async def _drain(engine: Engine, servicer: WorkerServicer, seconds: float) -> None:
-    """Lets requests finish and sinks fetch for a while, then hands the rest back."""
-    servicer.drain()
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
-    # Leases end inside the engine (released, expired), which nothing announces: hence the poll.
-    while (servicer.live or engine.stats().leases) and loop.time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(DRAIN_POLL_SECONDS)
-    if servicer.live:
-        log.info("handing back %d requests that did not finish in %g s", servicer.live, seconds)
-    servicer.hand_back()
-
-
-def _identity(role: Role, engine: Engine, settings: WorkerProcess, address: str) -> WorkerIdentity:
+def _identity(duty: Duty, engine: Engine, settings: WorkerProcess, address: str) -> WorkerIdentity:
     info = engine.info
     return WorkerIdentity(
-        worker_id=f"{settings.worker.name or role.name}-{secrets.token_hex(3)}",
-        role=role.name,
+        worker_id=f"{settings.worker.name or duty.role}-{secrets.token_hex(3)}",
+        role=duty.role,
+        can_be=tuple(sorted(duty.can_be)) if len(duty.can_be) > 1 else (),
         address=address,
         model=info.model,
         kv_layout=info.layout.fingerprint,
