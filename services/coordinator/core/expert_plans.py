@@ -157,6 +157,8 @@ class ExpertPlanner:
             fault = f"{len(tokens)} numbers, not {shape.layers} x {shape.logical}"
             self.faults[worker_id] = f"expert_tokens: {fault}"
             return False
+        if group.placed is not None:
+            self.faults.pop(worker_id, None)
         self._decay(group, now)
         group.window += np.array(tokens, np.float64).reshape(group.window.shape)
         return True
