@@ -1,4 +1,4 @@
-"""The request core against simulated workers that refuse, die, stall and talk late at every point.
+"""The request core against simulated workers that refuse, die, stall, leave and talk late.
 
 Whatever happens on the way, what the client gets is a prefix of what an undisturbed run gives, and
 all of it if the request finishes; it ends once; nothing that was started is left behind.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -22,270 +21,35 @@ from services.frontend.patience import Owed
 from services.frontend.request import Request
 from services.frontend.text import TextStream
 from services.runtime.errors import NoWorkersError, by_reason
-
-EOS = 0
-ERRORS = ["WORKER_LOST", "ENGINE_OVERLOADED", "ENGINE_FAILED", "DRAINING", "KV_SOURCE_LOST"]
-ERRORS += ["LAYOUT_MISMATCH", "SOMETHING_NEW"]
-FINAL = ["INVALID_REQUEST", "DEADLINE"]
-
-
-class Letters:
-    def push(self, token_ids):
-        return "".join(chr(97 + t) for t in token_ids)
-
-    def finish(self):
-        return ""
+from tests.unit.frontend.request_world import (
+    EOS,
+    Letters,
+    Undisturbed,
+    World,
+    check_end,
+    placement,
+    step,
+)
 
 
-@dataclass
-class Undisturbed:
-    """What workers generate, and what of it the client is to see."""
+class Drawn:
+    """Chance that hypothesis shrinks."""
 
-    tokens: list[int]
-    max_tokens: int
-    stops: list[str]
+    def __init__(self, draw: Callable) -> None:
+        self.draw = draw
 
-    def __post_init__(self):
-        cut = self.tokens.index(EOS) + 1 if EOS in self.tokens else len(self.tokens)
-        self.worker = self.tokens[: min(cut, self.max_tokens)]
-        self.worker_reason = FinishReason.STOP if self.worker[-1] == EOS else FinishReason.LENGTH
-        stream = TextStream(Letters(), self.stops)
-        spoken = self.worker[:-1] if self.worker[-1] == EOS else self.worker
-        taken, self.text = stream.push(spoken)
-        self.client, self.reason = self.worker, self.worker_reason
-        if stream.stopped:
-            self.client, self.reason = self.worker[:taken], FinishReason.STOP
-        else:
-            self.text += stream.finish()
+    def among(self, choices):
+        return self.draw(st.sampled_from(choices))
 
-
-@dataclass
-class Try:
-    """An attempt as its workers see it."""
-
-    placement: e.Placement
-    base: int
-    prefill: str = ""
-    decode: str = ""
-    waits_for_first: bool = False
-    at: int = 0
-    lease: bool = False
-    reports: int = 0
-
-
-@dataclass
-class World:
-    core: Request
-    truth: Undisturbed
-    tries: dict[int, Try] = field(default_factory=dict)
-    placing: int | None = None
-    exclude: tuple[str, ...] = ()
-    emitted: list[int] = field(default_factory=list)
-    text: str = ""
-    ends: list[e.Command] = field(default_factory=list)
-    now: float = 0.0
-    sent: list[e.Event] = field(default_factory=list)
-    faults: int = 0
-
-    def feed(self, event: e.Event) -> None:
-        self.now += 1.0
-        self.sent.append(event)
-        self.obey(self.core.handle(event, self.now))
-
-    def obey(self, commands: list[e.Command]) -> None:
-        for command in commands:
-            self._obey(command)
-
-    def _obey(self, command: e.Command) -> None:
-        assert not self.ends, f"{command} after the end"
-        match command:
-            case e.Place(attempt, exclude):
-                assert self.placing is None
-                assert attempt == len(self.tries)
-                assert len(self.emitted) < len(self.truth.worker), "placed a complete request"
-                self.placing, self.exclude = attempt, exclude
-            case e.CancelPlace(attempt):
-                assert attempt == self.placing
-                self.placing = None
-                self.tries[attempt] = Try(e.Placement(e.Worker("", "")), 0)
-            case e.StartPrefill(attempt, worker):
-                assert worker == self.tries[attempt].placement.prefill
-                self.tries[attempt].prefill = "runs"
-            case e.StartDecode(attempt, worker, source):
-                it = self.tries[attempt]
-                assert (worker, source) == (it.placement.decode, it.placement.prefill)
-                it.decode, it.waits_for_first = "runs", source is not None
-                it.at = it.base
-            case e.Proceed(attempt, worker, token_ids):
-                it = self.tries[attempt]
-                assert it.waits_for_first
-                assert worker == it.placement.decode
-                it.waits_for_first = False
-                it.at += len(token_ids)
-            case e.CancelPrefill(attempt):
-                assert self.tries[attempt].prefill == "runs"
-                self.tries[attempt].prefill = "over"
-            case e.CancelDecode(attempt):
-                assert self.tries[attempt].decode == "runs"
-                self.tries[attempt].decode = "over"
-            case e.Release(attempt):
-                assert self.tries[attempt].lease
-                self.tries[attempt].lease = False
-            case e.Report(attempt):
-                self.tries[attempt].reports += 1
-            case e.Emit(token_ids, _, text):
-                assert token_ids or text
-                self.emitted += token_ids
-                self.text += text
-            case e.Finish() | e.Fail():
-                self.ends.append(command)
-
-    def check(self) -> None:
-        client = self.truth.client
-        assert self.emitted == client[: len(self.emitted)]
-        assert self.truth.text.startswith(self.text)
-        live = self.tries.get(self.core.number) if self.core.state is not State.ENDED else None
-        for attempt in self.tries.values():
-            if attempt is live:
-                assert attempt.reports == 0
-                continue
-            assert attempt.prefill != "runs"
-            assert attempt.decode != "runs"
-            assert not attempt.lease
-            assert attempt.reports == 1
-        if self.core.state is State.ENDED:
-            assert self.placing is None
-            assert self.core.owing == []
-
-
-class Moves:
-    """What the workers of an attempt can do next."""
-
-    def __init__(self, world: World, number: int, draw: Callable) -> None:
-        self.world, self.number, self.draw = world, number, draw
-        self.it, self.truth = world.tries[number], world.truth.worker
-
-    def possible(self) -> list[Callable[[], None]]:
-        it, moves = self.it, []
-        if it.prefill == "runs":
-            moves += [self.prefill_accepts, self.prefill_done, self.prefill_done]
-            moves += [self.prefill_fails]
-        if it.prefill == "over" and self.world.core.state is State.DECODING:
-            moves += [self.prefill_fails_late]
-        if it.decode == "runs":
-            moves += [self.decode_fails, self.decode_gives_up, self.stalls]
-            if it.lease:
-                moves += [self.kv_arrives]
-            if not it.waits_for_first:
-                moves += [self.decode_speaks] * 6
-        return moves
-
-    def error(self):
-        return by_reason(self.draw(st.sampled_from([*ERRORS, *FINAL])), "broke", {})
-
-    def chunk(self, at: int) -> tuple[tuple[int, ...], FinishReason | None]:
-        count = self.draw(st.integers(1, 4))
-        tokens = tuple(self.truth[at : at + count])
-        ended = at + count >= len(self.truth)
-        told = ended and self.draw(st.integers(0, 3)) > 0  # at times that word is lost
-        return tokens, self.world.truth.worker_reason if told else None
-
-    def prefill_accepts(self) -> None:
-        self.world.feed(e.PrefillAccepted(self.number))
-
-    def prefill_done(self) -> None:
-        tokens, reason = self.chunk(self.it.base)
-        self.it.prefill, self.it.lease = "over", reason is None
-        kv = KvReport(cached_tokens=3, computed_tokens=7) if self.draw(st.booleans()) else None
-        self.world.feed(e.PrefillDone(self.number, tokens, (), reason, b"h", kv))
-
-    def prefill_fails(self) -> None:
-        self.world.faults += 1
-        self.it.prefill = "over"
-        failed = e.WorkerFailed(self.number, e.Role.PREFILL, self.error(), self.draw(st.booleans()))
-        self.world.feed(failed)
-
-    def prefill_fails_late(self) -> None:
-        self.world.feed(e.WorkerFailed(self.number, e.Role.PREFILL, self.error(), True))
-
-    def decode_speaks(self) -> None:
-        tokens, reason = self.chunk(self.it.at)
-        self.it.at += len(tokens)
-        kv = None
-        if self.it.lease and self.draw(st.booleans()):
-            self.it.lease, kv = False, KvReport("shm", 10, 1)
-        if reason is not None:
-            self.it.decode = "over"
-        self.world.feed(e.DecodeOutput(self.number, tokens, (), reason, None, kv))
-
-    def kv_arrives(self) -> None:
-        self.it.lease = False
-        self.world.feed(e.DecodeOutput(self.number, kv=KvReport("shm", 10, 1)))
-
-    def decode_fails(self) -> None:
-        self.world.faults += 1
-        self.it.decode = "over"
-        if self.draw(st.booleans()):
-            self.world.feed(e.WorkerFailed(self.number, e.Role.DECODE, self.error(), True))
-        else:
-            failed = e.DecodeOutput(self.number, (), (), FinishReason.ERROR, self.error())
-            self.world.feed(failed)
-
-    def decode_gives_up(self) -> None:
-        self.world.faults += 1
-        self.it.decode = "over"
-        self.world.feed(e.DecodeOutput(self.number, (), (), FinishReason.CANCELLED))
-
-    def stalls(self) -> None:
-        self.world.faults += 1
-        debt = self.draw(st.sampled_from(self.world.core.owing))
-        self.world.feed(e.WorkerFailed(debt.attempt, debt.role, self.error(), ended=False))
-
-
-def old_talk(world: World, draw: Callable) -> None:
-    """Something an earlier attempt said, or says only now."""
-    old = draw(st.integers(0, world.core.number - 1))
-    event = draw(
-        st.sampled_from(
-            [
-                e.Placed(old, placement()),
-                e.Unplaced(old, NoWorkersError("none")),
-                e.PrefillDone(old, (9, 9)),
-                e.DecodeOutput(old, (9, 9, 9)),
-                e.DecodeOutput(old, (), (), FinishReason.STOP),
-                e.WorkerFailed(old, e.Role.DECODE, NoWorkersError("none"), True),
-                *[s for s in world.sent if getattr(s, "attempt", None) == old],
-            ]
-        )
-    )
-    assert world.core.handle(event, world.now) == []
-
-
-def placement(prefill: str = "p0", decode: str = "d0") -> e.Placement:
-    where = e.Worker(prefill, f"{prefill}:1") if prefill else None
-    return e.Placement(e.Worker(decode, f"{decode}:1"), where, ("because",))
-
-
-def placements(world: World, draw: Callable) -> None:
-    number = world.placing
-    decode = [d for d in ("d0", "d1", "d2", "d3") if d not in world.exclude]
-    prefill = [p for p in ("p0", "p1", "p2") if p not in world.exclude]
-    world.placing = None
-    if not decode or draw(st.integers(0, 15)) == 0:
-        world.tries[number] = Try(placement(), 0, reports=1)
-        world.feed(e.Unplaced(number, NoWorkersError("no decode worker is up")))
-        return
-    chosen = placement(
-        draw(st.sampled_from(["", *prefill, *prefill])), draw(st.sampled_from(decode))
-    )
-    world.tries[number] = Try(chosen, len(world.core.output))
-    world.feed(e.Placed(number, chosen))
+    def count(self, low, high):
+        return self.draw(st.integers(low, high))
 
 
 TRUTHS = st.builds(
     Undisturbed,
-    st.lists(st.integers(0, 3) | st.integers(1, 3), min_size=12, max_size=12),
-    st.integers(1, 12),
+    st.lists(st.integers(0, 3) | st.integers(1, 3), min_size=30, max_size=30)
+    | st.lists(st.integers(1, 3), min_size=30, max_size=30),
+    st.integers(1, 30),
     st.lists(st.text("bcd", min_size=1, max_size=3), max_size=2),
 )
 
@@ -293,35 +57,14 @@ TRUTHS = st.builds(
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(TRUTHS, st.integers(1, 6), st.booleans(), st.data())
 def test_whatever_happens(truth, max_attempts, patient, data):
-    draw = data.draw
     limits = Limits(10, truth.max_tokens, 0, frozenset({EOS}), max_attempts)
     core = Request(limits, TextStream(Letters(), truth.stops), arrived=0.0)
     world = World(core, truth)
     world.obey(core.start())
+    ends = [] if patient else [e.ClientGone(), e.DeadlinePassed()]
     while core.state is not State.ENDED:
-        moves: list[Callable[[], None]] = []
-        if world.placing is not None:
-            moves += [lambda: placements(world, draw)]
-        elif core.number in world.tries:
-            moves += Moves(world, core.number, draw).possible()
-        if core.number:
-            moves += [lambda: old_talk(world, draw)]
-        if not patient:
-            moves += [lambda: world.feed(e.ClientGone()), lambda: world.feed(e.DeadlinePassed())]
-        draw(st.sampled_from(moves))()
-        world.check()
-    ended_silently = isinstance(world.sent[-1], e.ClientGone)
-    assert len(world.ends) == (0 if ended_silently else 1)
-    assert len(core.attempts) <= min(max_attempts, 1 + world.faults)
-    if world.ends and isinstance(world.ends[0], e.Finish):
-        assert world.emitted == truth.client == core.output
-        assert world.text == truth.text
-        assert world.ends[0].reason is truth.reason
-        assert sum(a.tokens for a in core.attempts) == len(truth.client)
-        assert core.first_token_at is not None
-        assert core.placed_at <= core.first_token_at <= core.ended_at
-    for event in [*world.sent, e.ClientGone(), e.DeadlinePassed()]:
-        assert core.handle(event, world.now) == []
+        step(world, Drawn(data.draw), [lambda end=end: world.feed(end) for end in ends])
+    check_end(world)
 
 
 def start(*, max_attempts: int = 3, max_tokens: int = 8, stops: tuple[str, ...] = ()) -> Request:
