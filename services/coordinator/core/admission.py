@@ -46,6 +46,9 @@ PATIENCE_SECONDS = 30.0
 RATE_SECONDS = 10.0
 """Time over which the rate of placements is averaged."""
 
+ENOUGH_PLACED = 8
+"""Placements of the last RATE_SECONDS or so that it takes to tell how long a queue will."""
+
 
 @dataclass(slots=True, eq=False)
 class Waiting:
@@ -90,6 +93,23 @@ class _Lane:
     """The negatives of the levels' priorities, ascending."""
     old_first: bool = True
     """Whose turn it is: that of those who waited too long?"""
+    mark: float = 0.0
+    """When the last one was placed, or else the first one came."""
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast those who wait for a model are placed: what its workers can take, not what comes."""
+
+    placed: float = 0.0
+    seconds: float = 0.0
+    """In which somebody waited."""
+
+    def count(self, seconds: float) -> None:
+        """One was placed, so long after the one before it or the first that waited."""
+        kept = 0.5 ** (seconds / RATE_SECONDS)
+        self.placed = kept * self.placed + 1
+        self.seconds = kept * self.seconds + seconds
 
 
 class Queue:
@@ -110,6 +130,7 @@ class Queue:
         self._patience = patience
         self._entries: dict[int, Waiting] = {}
         self._lanes: dict[str, _Lane] = {}
+        self._paces: dict[str, _Pace] = {}
         self._deadlines: Ranking[int] = Ranking()
         self._crowds: dict[int, Ranking[str]] = {}
         """By priority, over all lanes: tenants by how many places they take."""
@@ -144,10 +165,17 @@ class Queue:
         own = lane.levels[priority].tenants[entry.request.tenant]
         return sum(lane.levels[-p].size for p in higher) + len(own) - 1
 
+    def wait_seconds(self, entry: Waiting) -> float:
+        """How long `ahead` will take, as fast as others that waited were placed; 0: not known."""
+        pace = self._paces.get(entry.request.model)
+        if pace is None or pace.placed < ENOUGH_PLACED or pace.seconds < 1:
+            return 0.0
+        return self.ahead(entry) * pace.seconds / pace.placed
+
     def add(self, entry: Waiting) -> None:
         """Puts a request in its place. There may be one too many now: see `push_out`."""
         want = entry.request
-        lane = self._lanes.setdefault(want.model, _Lane())
+        lane = self._lanes.setdefault(want.model, _Lane(mark=entry.since))
         level = lane.levels.get(want.priority)
         if level is None:
             level = lane.levels[want.priority] = _Level(entry.line)
@@ -218,6 +246,9 @@ class Queue:
         if entry is None:
             return None
         lane = self._lanes[entry.request.model]
+        if now > lane.mark or len(lane.entries) > 1:
+            self._paces.setdefault(entry.request.model, _Pace()).count(now - lane.mark)
+            lane.mark = now
         for other in self.head(entry.request.model, now):
             if other is entry:
                 break
@@ -313,15 +344,10 @@ class PlacementRate:
         self._decay(now)
         self._sum += 1 / RATE_SECONDS
 
-    def per_second(self, now: float) -> float:
-        """Placements a second; 0 before the first."""
-        self._decay(now)
-        return self._sum
-
     def retry_seconds(self, waiting: int, now: float) -> float:
         """When to try again, with so many waiting: once half of them are placed. 1 to 30 s."""
-        rate = self.per_second(now)
-        return min(30.0, max(1.0, waiting / 2 / rate)) if rate > 0 else 1.0
+        self._decay(now)
+        return min(30.0, max(1.0, waiting / 2 / self._sum)) if self._sum > 0 else 1.0
 
     def _decay(self, now: float) -> None:
         self._sum *= math.exp(-max(0.0, now - self._at) / RATE_SECONDS)
