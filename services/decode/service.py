@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 
 import grpc
 
@@ -131,6 +132,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 allowed = f"this worker has {self._engine.info.dp_ranks}"
                 raise InvalidRequestError("dp_rank", start.dp_rank, allowed)
             request = request_from(start.request, self._engine.info.vocabulary)
+            request = replace(request, dp_rank=start.dp_rank)
             self._engine.decode(request, source, prefix_from(start.prefix))
         except TandemError as error:
             fault = EngineFault(error.reason, error.message, error.metadata)

@@ -20,9 +20,11 @@ from typing import Any
 import grpc
 
 from kvtransfer.policy import ExportPolicy
-from services.engine.api import Engine, KvEvents
-from services.engine.wire import rules_to, stats_to
+from services.engine.api import Engine, ExpertShape, KvEvents
+from services.engine.experts import ExpertReports
+from services.engine.wire import plan_from, rules_to, shape_to, stats_to
 from services.runtime.channels import Channels
+from services.runtime.errors import InvalidRequestError
 from services.runtime.settings import WorkerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
@@ -74,6 +76,7 @@ class WorkerIdentity:
     kv_not_offered: Mapping[str, str] = field(default_factory=dict)
     can_be: tuple[str, ...] = ()
     """Roles that it can change to; `role` is the one that it begins with."""
+    experts: ExpertShape | None = None
 
 
 def _keep(role: str, why: str) -> None:
@@ -159,28 +162,31 @@ class Registration:
         """One stream, from Hello to whatever ends it."""
         channel = self._channels.get(self._settings.coordinator)
         call: _Call = pb_grpc.WorkerRegistryServiceStub(channel).Register()
-        role = self._role
+        role, told = self._role, ExpertReports()
         try:
             async with asyncio.timeout(self._patience):
-                await _write(call, self._hello())
+                await _write(call, self._hello(told))
                 answer = await _read(call)
             if not answer.HasField("accepted"):
                 raise _EndedError("the coordinator answered a Hello with something else")
             self.registered.set()
             log.info("registered with %s", answer.accepted.coordinator_id)
             interval = min(self._settings.heartbeat_seconds, answer.accepted.lease_ms / 3000)
-            await self._converse(_Writer(call, self._patience), call, interval, role)
+            writer = _Writer(call, self._patience)
+            await self._converse(writer, call, interval, role, told)
         finally:
             call.cancel()
 
-    async def _converse(self, writer: _Writer, call: _Call, interval: float, role: str) -> None:
-        """Runs until one of the three parts fails. `role` is what the Hello said."""
+    async def _converse(
+        self, writer: _Writer, call: _Call, interval: float, role: str, told: ExpertReports
+    ) -> None:
+        """Runs until one of the three parts fails. `role` and `told` are what the Hello said."""
         resync = asyncio.Event()
         parts = [
             asyncio.create_task(part)
             for part in (
                 self._listen(call, resync),
-                self._report(writer, interval, role),
+                self._report(writer, interval, role, told),
                 self._tell_kv(writer, resync),
             )
         ]
@@ -200,8 +206,22 @@ class Registration:
                 resync.set()
             elif answer.HasField("change_role") and answer.change_role.role in _ROLE_NAMES:
                 self._on_role(_ROLE_NAMES[answer.change_role.role], answer.change_role.why)
+            elif answer.HasField("expert_plan"):
+                self._move_experts(answer.expert_plan)
 
-    async def _report(self, writer: _Writer, interval: float, role: str) -> None:
+    def _move_experts(self, message: pb.ExpertPlan) -> None:
+        """Heartbeats tell where experts are then; a plan that was not taken is just not there."""
+        plan, moves = plan_from(message)
+        try:
+            self._engine.update_experts(plan, moves)
+        except InvalidRequestError as error:
+            log.warning("expert plan %d is not taken: %s", plan.plan, error.message)
+        else:
+            log.info("expert plan %d is taken: %s", plan.plan, message.why)
+
+    async def _report(
+        self, writer: _Writer, interval: float, role: str, told: ExpertReports
+    ) -> None:
         """Heartbeats, each behind what was to be told before it."""
         left = False
         while True:
@@ -213,7 +233,7 @@ class Registration:
             if self._draining and not left:
                 left = True
                 await writer.write(pb.RegisterRequest(draining=pb.Draining()))
-            stats = stats_to(self._engine.stats())
+            stats = stats_to(told.of(self._engine.stats()))
             await writer.write(pb.RegisterRequest(heartbeat=pb.Heartbeat(stats=stats)))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), interval)
@@ -245,7 +265,7 @@ class Registration:
                 await asyncio.sleep(COALESCE_SECONDS)
         raise _EndedError("the engine's KV events ended")
 
-    def _hello(self) -> pb.RegisterRequest:
+    def _hello(self, told: ExpertReports) -> pb.RegisterRequest:
         me = self._identity
         info = pb.WorkerInfo(
             worker_id=me.worker_id,
@@ -266,8 +286,10 @@ class Registration:
             kv_transports=me.kv_transports,
             kv_not_offered=me.kv_not_offered,
             can_be=[_ROLES[role] for role in me.can_be],
+            experts=None if me.experts is None else shape_to(me.experts),
         )
-        return pb.RegisterRequest(hello=pb.Hello(info=info, stats=stats_to(self._engine.stats())))
+        stats = stats_to(told.of(self._engine.stats()))
+        return pb.RegisterRequest(hello=pb.Hello(info=info, stats=stats))
 
 
 class _EndedError(Exception):

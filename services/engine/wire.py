@@ -11,6 +11,8 @@ from services.engine.api import (
     EngineFault,
     EngineStats,
     ExpertMap,
+    ExpertMove,
+    ExpertShape,
     FinishReason,
     KvPrefix,
     KvReport,
@@ -212,6 +214,17 @@ def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
         expert_tokens=stats.expert_tokens,
         expert_map=None if stats.expert_map is None else _map_to(stats.expert_map),
     )
+
+
+def shape_to(shape: ExpertShape) -> coordinator_pb2.ExpertShape:
+    """How a worker's experts can be placed, for the coordinator."""
+    return coordinator_pb2.ExpertShape(**asdict(shape))
+
+
+def plan_from(message: coordinator_pb2.ExpertPlan) -> tuple[ExpertMap, tuple[ExpertMove, ...]]:
+    """Where experts are to be, and the copies that bring them there."""
+    moves = (ExpertMove(m.layer, m.expert, m.from_place, m.to_place) for m in message.moves)
+    return ExpertMap(tuple(message.map.physical_to_logical), message.plan), tuple(moves)
 
 
 def _map_to(experts: ExpertMap) -> coordinator_pb2.ExpertMap:

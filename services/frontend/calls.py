@@ -59,7 +59,7 @@ class Calls:
         match command:
             case StartPrefill(_, worker, prefix):
                 link = self._workers.prefill(worker.address)
-                prompt = wire.prefill_request(self._tokens, prefix)
+                prompt = wire.prefill_request(self._tokens, worker, prefix)
                 self._prefill = link.start(prompt, self._left(), self)
             case StartDecode(_, worker, source, prefix):
                 deadline_ms = min(round(self._left() * 1000), MAX_DEADLINE_MS)

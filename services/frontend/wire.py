@@ -151,11 +151,13 @@ def token_request(
 
 
 def prefill_request(
-    request: generation_pb2.TokenRequest, prefix: KvPrefix | None
+    request: generation_pb2.TokenRequest, worker: Worker, prefix: KvPrefix | None
 ) -> prefill_pb2.PrefillRequest:
     """An attempt for a prefill worker."""
     return prefill_pb2.PrefillRequest(
-        request=request, prefix=None if prefix is None else prefix_to(prefix)
+        request=request,
+        prefix=None if prefix is None else prefix_to(prefix),
+        dp_rank=worker.dp_rank,
     )
 
 

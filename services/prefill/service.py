@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 
@@ -40,6 +41,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if self._drains is not None:
             raise _error(self._drains)
         prompt = request_from(request.request, self._engine.info.vocabulary)
+        prompt = replace(prompt, dp_rank=request.dp_rank)
         if prompt.request_id in self._waiting:
             raise DuplicateRequestError(
                 f"request {prompt.request_id} is already here", request_id=prompt.request_id

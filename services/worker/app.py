@@ -167,6 +167,7 @@ def _identity(duty: Duty, engine: Engine, settings: WorkerProcess, address: str)
         region=settings.worker.region,
         numerics=info.numerics,
         dp_ranks=info.dp_ranks,
+        experts=info.experts,
         pid=os.getpid(),
         export_policy=export_policy(settings.worker.region, settings.kv),
         kv_transports=info.kv_transports,

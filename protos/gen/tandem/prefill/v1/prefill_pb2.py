@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.generation.v1 import generation_pb2 as tandem_dot_generation_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/prefill/v1/prefill.proto\x12\x11tandem.prefill.v1\x1a%tandem/generation/v1/generation.proto\"\x87\x01\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12.\n\x06prefix\x18\x03 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefix\"\x11\n\x0fPrefillAccepted\"\xcd\x01\n\x0bPrefillDone\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x34\n\x08logprobs\x18\x02 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12\x0e\n\x06handle\x18\x04 \x01(\x0c\x12*\n\x02kv\x18\x05 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"\x84\x01\n\x0fPrefillResponse\x12\x36\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\".tandem.prefill.v1.PrefillAcceptedH\x00\x12.\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1e.tandem.prefill.v1.PrefillDoneH\x00\x42\t\n\x07message2d\n\x0ePrefillService\x12R\n\x07Prefill\x12!.tandem.prefill.v1.PrefillRequest\x1a\".tandem.prefill.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/prefill/v1/prefill.proto\x12\x11tandem.prefill.v1\x1a%tandem/generation/v1/generation.proto\"\x98\x01\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12.\n\x06prefix\x18\x03 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefix\x12\x0f\n\x07\x64p_rank\x18\x04 \x01(\r\"\x11\n\x0fPrefillAccepted\"\xcd\x01\n\x0bPrefillDone\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x34\n\x08logprobs\x18\x02 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12\x0e\n\x06handle\x18\x04 \x01(\x0c\x12*\n\x02kv\x18\x05 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"\x84\x01\n\x0fPrefillResponse\x12\x36\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\".tandem.prefill.v1.PrefillAcceptedH\x00\x12.\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1e.tandem.prefill.v1.PrefillDoneH\x00\x42\t\n\x07message2d\n\x0ePrefillService\x12R\n\x07Prefill\x12!.tandem.prefill.v1.PrefillRequest\x1a\".tandem.prefill.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.prefill.v1.prefill_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLREQUEST']._serialized_start=94
-  _globals['_PREFILLREQUEST']._serialized_end=229
-  _globals['_PREFILLACCEPTED']._serialized_start=231
-  _globals['_PREFILLACCEPTED']._serialized_end=248
-  _globals['_PREFILLDONE']._serialized_start=251
-  _globals['_PREFILLDONE']._serialized_end=456
-  _globals['_PREFILLRESPONSE']._serialized_start=459
-  _globals['_PREFILLRESPONSE']._serialized_end=591
-  _globals['_PREFILLSERVICE']._serialized_start=593
-  _globals['_PREFILLSERVICE']._serialized_end=693
+  _globals['_PREFILLREQUEST']._serialized_end=246
+  _globals['_PREFILLACCEPTED']._serialized_start=248
+  _globals['_PREFILLACCEPTED']._serialized_end=265
+  _globals['_PREFILLDONE']._serialized_start=268
+  _globals['_PREFILLDONE']._serialized_end=473
+  _globals['_PREFILLRESPONSE']._serialized_start=476
+  _globals['_PREFILLRESPONSE']._serialized_end=608
+  _globals['_PREFILLSERVICE']._serialized_start=610
+  _globals['_PREFILLSERVICE']._serialized_end=710
 # @@protoc_insertion_point(module_scope)

@@ -28,8 +28,11 @@ class PrefillRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
+    DP_RANK_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
     """How long the KV is kept for the sink after the first token, milliseconds."""
+    dp_rank: _builtins.int
+    """Data-parallel rank that should take the prompt."""
     @_builtins.property
     def request(self) -> _generation_pb2.TokenRequest:
         """Tokens and sampling."""
@@ -46,10 +49,11 @@ class PrefillRequest(_message.Message):
         request: _generation_pb2.TokenRequest | None = ...,
         lease_ms: _builtins.int = ...,
         prefix: _generation_pb2.KvPrefix | None = ...,
+        dp_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefix", b"prefix", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "prefix", b"prefix", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dp_rank", b"dp_rank", "lease_ms", b"lease_ms", "prefix", b"prefix", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
