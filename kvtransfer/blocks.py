@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
 from kvtransfer.memory import NONCE_BYTES, Segment
-from kvtransfer.news import ChangeLog, StoreEvents
+from kvtransfer.news import ChangeLog, ChangeLogs, StoreEvents
 from kvtransfer.pieces import PieceGrid
 from kvtransfer.pool import BlockPool
 from kvtransfer.scratch import SCRATCH_BYTES, Scratch, SegmentPlan
@@ -80,7 +80,8 @@ class BlockStore:
         self._ready = [0] * blocks
         self._tenants = [""] * blocks
         self._checksums = np.zeros((blocks, self.grid.count), np.uint64)
-        self._log = ChangeLog()
+        self._log = ChangeLogs()
+        self._own_log = self._log.begin()
         self.tiers: Tiers | None = None
         """Where evicted blocks go, see attach()."""
         self._books: SpillBooks | None = None
@@ -255,20 +256,30 @@ class BlockStore:
 
     # News
 
-    def events(self) -> StoreEvents:
-        """Changes since the last call of the keys announced. For one consumer.
+    def events(self, log: ChangeLog | None = None) -> StoreEvents:
+        """Changes since the last call of the keys announced. For one consumer, or for each `log`.
 
         These are the pool's, and the latest of those that only a tier has. They are net changes;
         the first answer is a snapshot.
         """
         with self._lock:
-            return self._log.drain(self._keys)
+            return (log or self._own_log).drain(self._keys)
 
     def snapshot(self) -> StoreEvents:
         """All keys announced; events() then goes on from here."""
         with self._lock:
-            self._log.restart()
-            return self._log.drain(self._keys)
+            self._own_log.restart()
+            return self._own_log.drain(self._keys)
+
+    def begin_log(self) -> ChangeLog:
+        """For one more consumer of events()."""
+        with self._lock:
+            return self._log.begin()
+
+    def end_log(self, log: ChangeLog) -> None:
+        """Its consumer asks no more."""
+        with self._lock:
+            self._log.end(log)
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back, from any thread, whenever keys, free blocks, leases or fetches changed.

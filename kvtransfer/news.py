@@ -1,8 +1,8 @@
-"""What changed in the set of cached keys since its one consumer last asked. Books only."""
+"""What changed in the set of cached keys since a consumer last asked. Books only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -48,3 +48,30 @@ class ChangeLog:
             stored=tuple(k for k, stored in changes.items() if stored),
             removed=tuple(k for k, stored in changes.items() if not stored),
         )
+
+
+class ChangeLogs:
+    """The logs of all consumers, which are noted alike. Not thread-safe; its owner serializes."""
+
+    def __init__(self) -> None:
+        self._logs: list[ChangeLog] = []
+
+    def begin(self) -> ChangeLog:
+        """A log for one more consumer."""
+        log = ChangeLog()
+        self._logs.append(log)
+        return log
+
+    def end(self, log: ChangeLog) -> None:
+        """Its consumer asks no more."""
+        self._logs.remove(log)
+
+    def note(self, keys: Collection[bytes], *, stored: bool) -> None:
+        """See ChangeLog."""
+        for log in self._logs:
+            log.note(keys, stored=stored)
+
+    def restart(self) -> None:
+        """See ChangeLog."""
+        for log in self._logs:
+            log.restart()

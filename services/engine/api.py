@@ -344,7 +344,7 @@ class Engine(Protocol):
         """All that comes of requests. One consumer."""
 
     def kv_events(self) -> AsyncIterator[KvEvents]:
-        """Starts with a snapshot; then changes, coalesced. A new call starts over."""
+        """Starts with a snapshot; then changes, coalesced. Each call is a reader of its own."""
 
     def stats(self) -> EngineStats:
         """Now."""

@@ -894,6 +894,40 @@ async def test_kv_events_add_up_to_the_snapshot(new):
         break
 
 
+async def test_readers_of_kv_events_come_and_go_without_each_other(new):
+    worker = await new(kv_blocks=16)
+    known: list[set[bytes]] = [set(), set()]
+    snapshots = [0, 0]
+
+    async def follow(reader: int) -> None:
+        async for events in worker.engine.kv_events():
+            if events.snapshot:
+                snapshots[reader] += 1
+                known[reader].clear()
+            known[reader].update(events.stored)
+            known[reader].difference_update(events.removed)
+
+    first = asyncio.create_task(follow(0))
+    await worker.generate("r0", prompt(20, 50), GREEDY)
+    second = asyncio.create_task(follow(1))
+    for i in range(4):
+        await worker.generate(f"a{i}", prompt(10 + 5 * i, i), GREEDY)
+    second.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await second
+    second = asyncio.create_task(follow(1))
+    for i in range(8):
+        await worker.generate(f"b{i}", prompt(12 + 5 * (i % 4), i), GREEDY)
+    await worker.settled()
+    everything = set(worker.engine._store._pool.keys())
+    await eventually(lambda: known == [everything, everything])
+    assert snapshots == [1, 2]
+    for task in (first, second):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 async def test_steps_carry_all_their_requests(new):
     worker = await new()
     for i in range(6):

@@ -115,7 +115,7 @@ class SteppedEngine:
         self._live: dict[str, _Request] = {}
         self._fetches: dict[int, asyncio.Task[FetchStopped]] = {}
         self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
-        self._kv_changed = asyncio.Event()
+        self._kv_readers: set[asyncio.Event] = set()
         self._kv_told = False
         self._started = self._stopped = False
 
@@ -200,7 +200,7 @@ class SteppedEngine:
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self.kv.close()
         await self._close_store()
-        self._kv_changed.set()
+        self._wake_kv_readers()
         self._outputs.put_nowait(None)
 
     async def _close_store(self) -> None:
@@ -252,15 +252,24 @@ class SteppedEngine:
             yield output
 
     async def kv_events(self) -> AsyncIterator[KvEvents]:
-        """Starts with a snapshot; then changes, coalesced. A new call starts over."""
-        events = self._store.snapshot()
-        while not self._stopped:
-            if events.stored or events.removed or events.snapshot:
-                yield KvEvents(events.stored, events.removed, events.snapshot)
-            await self._kv_changed.wait()
-            self._kv_changed.clear()
-            self._kv_told = False
-            events = self._store.events()
+        """Starts with a snapshot; then changes, coalesced. Each call is a reader of its own."""
+        log, changed = self._store.begin_log(), asyncio.Event()
+        self._kv_readers.add(changed)
+        try:
+            while not self._stopped:
+                self._kv_told = False
+                events = self._store.events(log)
+                if events.stored or events.removed or events.snapshot:
+                    yield KvEvents(events.stored, events.removed, events.snapshot)
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._kv_readers.discard(changed)
+            self._store.end_log(log)
+
+    def _wake_kv_readers(self) -> None:
+        for changed in self._kv_readers:
+            changed.set()
 
     def stats(self) -> EngineStats:
         """Now."""
@@ -353,6 +362,8 @@ class SteppedEngine:
         serial = next(self._serials)
         prefix = prefix if self._kv_settings.prefix_fetch else None
         sequence = Sequence.of(serial, request, role, chain, source, prefix)
+        if request.deadline_seconds is not None:
+            sequence.deadline = self._clock() + request.deadline_seconds
         self._live[request.request_id] = _Request(
             serial, 0 if source else sequence.context, request.dp_rank
         )
@@ -414,7 +425,7 @@ class SteppedEngine:
             self._inbox.nudge()
         if not self._kv_told:
             self._kv_told = True
-            self._soon(self._kv_changed.set)
+            self._soon(self._wake_kv_readers)
 
     async def _fetch(self, fetch: Fetch) -> FetchStopped:
         """Brings back what the tiers have of it from the start, and fetches the rest.
@@ -438,6 +449,7 @@ class SteppedEngine:
             return 0
         rate = self._stepper.load.prefill_tokens_per_second
         seconds = tier_timeout(here * self._store.layout.block_tokens, rate)
+        seconds = min(seconds, self._left(fetch.sequence))
         restored = await self._store.tiers.fill(
             fetch.keys[:here], fetch.blocks[:here], seconds=seconds
         )
@@ -451,6 +463,9 @@ class SteppedEngine:
         """Moves the blocks; says what came of it. Raises as _fetch does."""
         serial = fetch.sequence.serial
         request, began = fetch.sequence.request, self._clock()
+        timeout = self._kv_settings.fetch_timeout_seconds
+        if fetch.timeout is not None:
+            timeout = fetch.timeout
         try:
             report = await self.kv.fetch(
                 source.address,
@@ -458,7 +473,8 @@ class SteppedEngine:
                 fetch.keys,
                 fetch.blocks,
                 partial_last=fetch.partial_last,
-                timeout=fetch.timeout,
+                # The source waits no longer either: it is the call's deadline.
+                timeout=min(timeout, self._left(fetch.sequence)),
                 held_only=fetch.held_only,
                 tenant=request.tenant,
                 needed=lambda: began if fetch.held_only else self._proceeded(request.request_id),
@@ -502,6 +518,10 @@ class SteppedEngine:
             seconds = stopped.seconds if stopped.blocks else 2 * stopped.seconds
             self._bandwidth.observe(source.address, size, seconds, stopped.ended)
         return stopped
+
+    def _left(self, sequence: Sequence) -> float:
+        """Seconds until a sequence's deadline."""
+        return max(0.0, sequence.deadline - self._clock())
 
     def _proceeded(self, request_id: str) -> float | None:
         live = self._live.get(request_id)
