@@ -1,0 +1,217 @@
+"""A coordinator process: the real core, its edge, and checks of all that it says.
+
+The checks know only what was delivered to this coordinator (`told`), as coordinator_book.py does;
+what the coordinator can't know is no fault of its decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from services.coordinator.core import messages as m
+from services.coordinator.core.core import Core
+from services.runtime.errors import by_reason
+from tests.simulation.cluster_net import Process
+
+TICK_SECONDS = 0.25
+INTEGRITY_EVERY = 64
+
+
+@dataclass(slots=True)
+class Told:
+    """What this coordinator was told of a worker."""
+
+    info: m.WorkerInfo
+    stream: int
+    draining: bool = False
+
+
+@dataclass(slots=True)
+class Asked:
+    """A Place call that has no answer yet."""
+
+    want: m.PlaceRequest
+    deadline: float
+    call: object
+    stream: object
+    overtaken: int = 0
+
+
+class Coordinator(Process):
+    """One incarnation: a restart is another, with an empty view."""
+
+    def __init__(self, world, place, rules):
+        super().__init__(world, place)
+        self.world, self.rules = world, rules
+        self.core = Core(rules, world.now, world.random.random)
+        self.started = world.now
+        self.told: dict[str, Told] = {}
+        self.asked: dict[int, Asked] = {}
+        self._streams: dict[int, object] = {}
+        self._numbers: dict[object, int] = {}
+        self._handled = 0
+        self.after(TICK_SECONDS, self._tick)
+
+    def _tick(self):
+        self._handle(m.Tick())
+        self.after(TICK_SECONDS, self._tick)
+
+    # Workers
+
+    def register(self, stream, registration, info, stats):
+        number = self.net.number()
+        self._streams[number] = registration
+        self._numbers[stream] = number
+        registration.stream_of = {**getattr(registration, "stream_of", {}), number: stream}
+        stream.lost[1] = lambda: self._gone(stream)
+        for name, told in list(self.told.items()):
+            if told.info.address == info.address and name != info.worker_id:
+                del self.told[name]
+        known = self.told.get(info.worker_id)
+        draining = known is not None and known.draining
+        self.told[info.worker_id] = Told(info, number, draining)
+        self._handle(m.WorkerHello(number, info, stats))
+
+    def hear(self, stream, event, *args):
+        number = self._numbers.get(stream)
+        if number is None:
+            return
+        for told in self.told.values():
+            if told.stream == number:
+                if event is m.WorkerDraining:
+                    told.draining = True
+                elif event is m.WorkerRoleChanged:
+                    told.info = replace(told.info, role=args[0])
+        self._handle(event(number, *args))
+
+    def _gone(self, stream):
+        number = self._numbers.pop(stream)
+        del self._streams[number]
+        for name, told in list(self.told.items()):
+            if told.stream == number:
+                del self.told[name]
+        self._handle(m.StreamLost(number))
+
+    # Frontends
+
+    def place(self, stream, call, want, timeout):
+        ticket = self.net.number()
+        deadline = self.net.now + timeout
+        self.asked[ticket] = Asked(want, deadline, call, stream)
+        stream.lost[1] = lambda: self._cancelled(ticket, want)
+        self._handle(m.PlaceRequested(ticket, want, deadline))
+
+    def _cancelled(self, ticket, want):
+        """The call ended before its answer, or when the answer was on its way."""
+        if self.asked.pop(ticket, None) is not None:
+            self._handle(m.PlaceCancelled(ticket))
+        else:
+            self._handle(m.AttemptEnded(want.request_id, want.attempt))
+
+    def report(self, stream, event):
+        self._handle(event)
+        if stream is not None:
+            stream.end(by=1)
+
+    # The core
+
+    def _handle(self, event):
+        for command in self.core.handle(event, self.net.now):
+            self._act(command)
+        self._handled += 1
+        if self._handled % INTEGRITY_EVERY == 0:
+            self.core.check_integrity()
+
+    def _act(self, command):
+        match command:
+            case m.AnswerPlacement(ticket=ticket, placement=placement):
+                asked = self.asked.pop(ticket)
+                self._check_placement(asked, placement)
+                self.world.note(self.name, "places", asked.want.request_id, asked.want.attempt,
+                                placement.prefill and placement.prefill.worker_id,
+                                placement.decode.worker_id)
+                asked.stream.lost[1] = None
+                asked.stream.send(0, asked.call.placed, placement, self.name)
+            case m.RefusePlacement(ticket=ticket, refusal=refusal):
+                asked = self.asked.pop(ticket)
+                self._check_refusal(asked, refusal)
+                self.world.note(self.name, "refuses", asked.want.request_id, refusal.reason.value,
+                                refusal.message)
+                asked.stream.lost[1] = None
+                error = by_reason(refusal.reason.value, refusal.message, refusal.metadata)
+                asked.stream.send(0, asked.call.refused, error)
+            case m.GrantLease(stream=number, seconds=seconds):
+                self._say(number, "granted", seconds)
+            case m.AskResync(stream=number):
+                self.net.count["resyncs asked for"] += 1
+                self._say(number, "snapshot")
+            case m.AskRole(stream=number, role=role, why=why):
+                self.net.count["role changes asked for"] += 1
+                self._say(number, "change_role", role, why)
+            case m.DropWorker(stream=number, worker_id=name, why=why):
+                self.world.note(self.name, "drops", name, why)
+                told = self.told.get(name)
+                if told is not None and told.stream == number:
+                    del self.told[name]
+                registration = self._streams.get(number)
+                if registration is not None:
+                    registration.stream_of[number].end(by=1)
+            case _:
+                raise NotImplementedError(f"{type(command).__name__} is new to the simulation")
+
+    def _say(self, number, what, *args):
+        registration = self._streams.get(number)
+        if registration is not None:
+            stream = registration.stream_of[number]
+            stream.send(0, getattr(registration, what), stream, *args)
+
+    # Checks
+
+    def _check_placement(self, asked, placement):
+        want = asked.want
+        assert self.net.now <= asked.deadline, "placed after its deadline"
+        for chosen, decodes in ((placement.decode, True), (placement.prefill, False)):
+            if chosen is None:
+                continue
+            name = chosen.worker_id
+            told = self.told.get(name)
+            assert told is not None, f"{name} is known to be gone"
+            assert not told.draining, f"{name} is known to drain"
+            assert name not in want.exclude_workers, f"{name} is excluded"
+            role = told.info.role
+            assert role.decodes if decodes else role.prefills, f"{name} is {role}"
+            assert told.info.model == want.model
+            assert want.context_tokens < told.info.total_blocks * told.info.block_tokens
+            load = self.core.members.get(name).load
+            assert len(load.bookings) <= load.limit, "more is booked than there is room for"
+
+    def _check_refusal(self, asked, refusal):
+        self.net.count[f"refused: {refusal.reason.value}"] += 1
+        if refusal.reason is m.Reason.OVERLOADED:
+            assert len(self.core.queue) >= self.rules.queue_limit, "there was room to wait"
+        if refusal.reason is m.Reason.NO_WORKERS:
+            hopes = [
+                name
+                for name, told in self.told.items()
+                if told.info.role.decodes
+                and not told.draining
+                and name not in asked.want.exclude_workers
+                and asked.want.context_tokens < told.info.total_blocks * told.info.block_tokens
+            ]
+            assert not hopes, f"{hopes} could have served it"
+            assert self.net.now >= self.started + self.rules.lease_seconds, "too early to say"
+
+    def check_calm(self):
+        """Nothing waits, nothing is booked, everything known is true."""
+        core = self.core
+        core.check_integrity()
+        assert not self.asked, f"{len(self.asked)} requests wait at {self.name}"
+        assert len(core.queue) == 0
+        living = {w.name: w for w in self.world.workers if w.alive}
+        assert {w.worker_id for w in core.members} == living.keys(), "members differ from the living"
+        for member in core.members:
+            name = member.worker_id
+            held = set(living[name].engine.store._pool.keys())
+            assert core.index._held[name] == held, f"{name}: the index is not the truth"
+            assert not member.load.bookings, f"{name}: bookings leaked"
+            assert member.info.role is living[name].role, f"{name}: its role is not the truth"
