@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from services.coordinator.core.fastest import Fastest
 from services.coordinator.core.fits import PromptFit, StepFit
+from services.coordinator.core.lengths import Fastest, Usual
 from services.coordinator.core.median import Median
 from services.coordinator.core.messages import Reason, Refusal, WorkerInfo, WorkerStats
 from services.coordinator.core.paths import SinkRates
@@ -79,11 +79,9 @@ class Measured:
     """How a worker does against what is expected of its kind; 0: not measured."""
 
     steps: float = 0.0
-    """Times what its batch takes its kind."""
-    prefill_rate: float = 0.0
-    """Prompt tokens a second."""
-    ttft: float = 0.0
-    """Times what was predicted."""
+    """Times what its batch takes its kind, a moving average."""
+    prompts: float = 0.0
+    """Times what prompts of their lengths take its kind, the same."""
 
 
 @dataclass(slots=True)
@@ -92,6 +90,7 @@ class _Kind:
     """Prompt tokens a second of those that measured it."""
     steps: StepFit = field(default_factory=StepFit)
     prompts: PromptFit = field(default_factory=PromptFit)
+    usual: Usual = field(default_factory=Usual)
     fastest: Fastest = field(default_factory=lambda: Fastest(0.0))
     members: int = 0
 
@@ -104,7 +103,9 @@ class _Worker:
     steps: float = 0.0
     """Factor; 0 before the first report of a step."""
     ttft: float = 0.0
-    """The same, of prompts."""
+    """The same, of first tokens against what was predicted for it."""
+    prompts: float = 0.0
+    """The same, against what is usual for its kind."""
     sink: SinkRates = field(default_factory=SinkRates)
 
 
@@ -128,7 +129,7 @@ class Predictor:
         worker.sink.report(stats.kv_rates)
         if stats.step_seconds > 0 and stats.running > 0:
             self._step(worker, info, stats, now)
-        return Measured(worker.steps, worker.rate, worker.ttft)
+        return Measured(worker.steps, worker.prompts)
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
@@ -151,18 +152,23 @@ class Predictor:
         worker = self._workers.get(prompt.worker_id) if prompt else None
         if prompt is None or worker is None or ttft_seconds <= 0:
             return
-        if computed_tokens < LEAST_PROMPT or not forecast.prompt_seconds:
+        if computed_tokens < LEAST_PROMPT:
             return
         worker.of.fastest.add(computed_tokens, ttft_seconds, now)
+        mine = computed_tokens / (computed_tokens + prompt.queued_tokens)
+        times_usual = worker.of.usual.add(computed_tokens, mine * ttft_seconds)
+        if times_usual:
+            worker.prompts = _moved(worker.prompts, times_usual)
+        rate = self.tokens_per_second(prompt.worker_id)
+        if rate <= 0:
+            return
         took = max(0.0, ttft_seconds - forecast.transfer_seconds)
         alone = worker.of.prompts.factor(prompt.mean_context)
-        rate = worker.rate or worker.of.rates.value()
         expected = (prompt.queued_tokens + alone * computed_tokens) / rate
         worker.ttft = _moved(worker.ttft, took / expected)
         if prompt.queued_tokens <= computed_tokens // 8:
             # It was on its own: what it took is what its length costs.
-            factor = took * rate / computed_tokens
-            worker.of.prompts.add(prompt.mean_context, factor, now)
+            worker.of.prompts.add(prompt.mean_context, took * rate / computed_tokens, now)
 
     def prompt_seconds(self, prompt: Prompt) -> float:
         """Until a worker has computed a prompt; 0 if neither it nor its kind measured a rate."""

@@ -23,6 +23,9 @@ class Ranking(Generic[T]):
     def __len__(self) -> int:
         return len(self._place)
 
+    def __contains__(self, item: T) -> bool:
+        return item in self._place
+
     def put(self, item: T, key: float) -> None:
         """Takes an item in, or gives it another key; behind those that have the same one."""
         self._puts += 1

@@ -1,9 +1,7 @@
-"""The fastest that prompts of a length were seen to have their first token: what is possible.
+"""What prompts of a length take, from the placement to the first token: usually, and at best.
 
-A measured rate says what is usual, not what is possible: after an hour of short prompts it is low,
-since each step has its fixed cost, and a long prompt will do much better. But a prompt takes no
-less than a shorter one. So what the fastest of at least ENOUGH shorter prompts took, of the last
-WINDOW_SECONDS or two, is a lower bound that needs no model.
+A worker's rate says little of either: after an hour of short prompts it is low, since each step has
+its fixed cost, and a long prompt will do much better. Figures by length need no model.
 """
 
 from __future__ import annotations
@@ -15,8 +13,31 @@ ENOUGH = 8
 WINDOW_SECONDS = 600.0
 
 
+USUAL_MEMORY = 0.05
+
+
+class Usual:
+    """What prompts take that have so many tokens to compute, a moving average of seconds."""
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def add(self, tokens: int, seconds: float) -> float:
+        """A prompt took so long: times what was usual for its length; 0 for the first one."""
+        step = _step(tokens)
+        usual = self._seconds.get(step, 0.0)
+        self._seconds[step] = usual + USUAL_MEMORY * (seconds - usual) if usual else seconds
+        return seconds / usual if usual else 0.0
+
+
 class Fastest:
-    """Of one kind of workers. Seconds from the placement on, by prompt tokens computed."""
+    """Seconds that no prompt with so many tokens to compute, or fewer, has beaten.
+
+    A prompt takes no less than a shorter one. So what the fastest of at least ENOUGH shorter ones
+    took, in the last WINDOW_SECONDS or two, is the least that it will take.
+    """
 
     __slots__ = ("_before", "_bounds", "_now", "_since")
 
