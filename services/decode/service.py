@@ -132,7 +132,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 allowed = f"this worker has {self._engine.info.dp_ranks}"
                 raise InvalidRequestError("dp_rank", start.dp_rank, allowed)
             request = request_from(start.request, self._engine.info.vocabulary)
-            request = replace(request, dp_rank=start.dp_rank)
+            request = replace(
+                request,
+                dp_rank=start.dp_rank,
+                deadline_seconds=start.deadline_ms / 1000 if start.deadline_ms else None,
+            )
             self._engine.decode(request, source, prefix_from(start.prefix))
         except TandemError as error:
             fault = EngineFault(error.reason, error.message, error.metadata)

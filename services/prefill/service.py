@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from dataclasses import replace
 
 import grpc
 
@@ -40,7 +41,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Runs a prompt; see prefill.proto."""
         if self._drains is not None:
             raise _error(self._drains)
-        prompt = request_from(request.request, self._engine.info.vocabulary)
+        prompt = replace(
+            request_from(request.request, self._engine.info.vocabulary),
+            deadline_seconds=context.time_remaining(),
+        )
         prompt = replace(prompt, dp_rank=request.dp_rank)
         if prompt.request_id in self._waiting:
             raise DuplicateRequestError(

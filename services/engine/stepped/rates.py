@@ -14,6 +14,8 @@ class Rates:
     def __init__(self) -> None:
         self.step_seconds = 0.0
         self._seconds_per_prompt_token = 0.0
+        self._largest = 0
+        self._least_of_largest = 0.0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -28,6 +30,21 @@ class Rates:
         if prompt_tokens >= _LEAST_CHUNK:
             each = seconds / prompt_tokens
             self._seconds_per_prompt_token = _moved(self._seconds_per_prompt_token, each)
+            self._note_least(prompt_tokens, seconds)
+
+    def least_seconds(self, tokens: int, chunk_tokens: int) -> float:
+        """What computing so many prompt tokens takes at the very least, in steps of chunk_tokens.
+
+        A lower bound for whoever gives up what can't be done in time: a step takes no less than
+        the fastest that computed as many tokens or fewer. 0 before anything was measured.
+        """
+        return self._least_of_largest * tokens / max(chunk_tokens, self._largest, 1)
+
+    def _note_least(self, prompt_tokens: int, seconds: float) -> None:
+        if prompt_tokens > self._largest + self._largest // 8:
+            self._largest, self._least_of_largest = prompt_tokens, seconds
+        elif prompt_tokens > self._largest - self._largest // 8:
+            self._least_of_largest = min(self._least_of_largest, seconds)
 
 
 def _moved(average: float, value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class Sequence:
 
     `tokens` is all that is known, prompt first; KV stands in `blocks` for the first `computed`
     of them. With `held_back`, the next token comes from prefill by proceed(), not from here.
+    `deadline`: when it must be done, by the engine's clock, seconds.
     `context_keys` are the keys of all blocks of the request's tokens, an incomplete last one
     included: what a sink fetches. `cached_tokens` of these tokens had KV here on arrival,
     `fetched_tokens` got it from a source. `prefix` is a worker that may hold some of it, until one
@@ -48,6 +50,7 @@ class Sequence:
     prefix: KvPrefix | None = None
     phase: Phase = Phase.WAITING
     held_back: bool = False
+    deadline: float = math.inf
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0

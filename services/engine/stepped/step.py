@@ -31,10 +31,14 @@ from services.engine.stepped.rates import Rates
 from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.runtime.errors import DeadlineError
 from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
+
+CLOCKS_DIFFER_BY = 0.005
+"""Seconds: a fetch that is given until a deadline may end this much before it."""
 
 _DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
 
@@ -117,6 +121,7 @@ class Stepper:
         self._bandwidth = bandwidth
         self._clock = clock
         self._block_tokens = store.layout.block_tokens
+        self._chunk_tokens = settings.chunk_tokens
         self._live: dict[int, _Live] = {}
         self._result = StepResult()
         self._rates = Rates()
@@ -145,6 +150,7 @@ class Stepper:
 
     def plan(self) -> Plan:
         """Decides what the next step does; `run` must follow."""
+        self._drop_late()
         plan = self._scheduler.plan()
         self._preempted += len(plan.preempted)
         self._result.stop_fetches += [
@@ -224,7 +230,49 @@ class Stepper:
         estimate = self._bandwidth.estimate(prefix.address, size, self._clock())
         verdict = judge(prefix, tokens, estimate, self._rates.prefill_tokens_per_second)
         self._live[sequence.serial].verdict = verdict
-        return verdict.timeout if verdict.fetch else None
+        if not verdict.fetch:
+            return None
+        return min(verdict.timeout, max(0.0, sequence.deadline - self._clock()))
+
+    # Deadlines
+
+    def _drop_late(self) -> None:
+        """Ends what can't be done in time any more, before a step is wasted on it."""
+        now = self._clock()
+        horizon = now + self._least_seconds(self._limits.context_tokens)
+        for live in [x for x in self._live.values() if x.sequence.deadline <= horizon]:
+            sequence = live.sequence
+            tokens = self._scheduler.to_compute(sequence)
+            if self._late(sequence, tokens, now) and sequence.phase is Phase.WAITING:
+                tokens = max(0, tokens - self._may_be_found(sequence))
+            if self._late(sequence, tokens, now):
+                self._end(sequence, FinishReason.ERROR, fault=self._fault(sequence, tokens, now))
+
+    def _late(self, sequence: Sequence, tokens: int, now: float) -> bool:
+        """Whether so many prompt tokens can't be computed before a sequence's deadline."""
+        return now + self._least_seconds(tokens) >= sequence.deadline - CLOCKS_DIFFER_BY
+
+    def _least_seconds(self, tokens: int) -> float:
+        return self._rates.least_seconds(tokens, self._chunk_tokens)
+
+    def _may_be_found(self, sequence: Sequence) -> int:
+        """Prompt tokens of a waiting sequence whose KV may be had without computing it."""
+        keys = sequence.chain.keys
+        cached = self._store.match(keys)
+        self._store.release(cached)
+        here = len(cached) + self._store.in_tiers(keys[len(cached) :])
+        held = 0 if sequence.prefix is None else sequence.prefix.tokens
+        return max(here * self._block_tokens, held)
+
+    def _fault(self, sequence: Sequence, tokens: int, now: float) -> EngineFault:
+        left = max(0.0, sequence.deadline - now)
+        least = self._least_seconds(tokens)
+        return EngineFault(
+            DeadlineError.reason,
+            f"{tokens} prompt tokens are to be computed, which takes {least:.3f} s at least; "
+            f"{left:.3f} s are left",
+            {"tokens": str(tokens), "least_seconds": f"{least:.3f}", "left_seconds": f"{left:.3f}"},
+        )
 
     # Commands
 
@@ -263,7 +311,10 @@ class Stepper:
             return
         have = sequence.computed + stopped.arrived * self._block_tokens
         missing = max(0, sequence.context - have)
-        fault = stopped.fault
+        fault, now = stopped.fault, self._clock()
+        if self._late(sequence, missing, now):
+            # No other placement could help either.
+            fault = self._fault(sequence, missing, now)
         if fault is None and missing > self._recompute_max_tokens:
             fault = EngineFault(
                 stopped.lost if stopped.lost in _DENIED else "KV_SOURCE_LOST",
