@@ -128,13 +128,13 @@ class Placer:
         worker, block_tokens = runner.worker, runner.worker.info.block_tokens
         # The last token is computed in any case.
         most = (want.context_tokens - 1) // block_tokens * block_tokens
-        among = (pool.prefill.bits | pool.decode.bits) & ~worker.bit
+        among = pool.holders & ~worker.bit
         for keys, workers in self._index.reach(want.block_keys, among):
             tokens = min(keys * block_tokens, most)
             if tokens <= runner.cached_tokens:
                 break
             names = islice(self._from_anywhere(workers), SHORTLIST)
-            found = [pool.decode.up.get(name) or pool.prefill.up[name] for name in names]
+            found = [pool.holder(name) for name in names]
             holders = [w for w in found if _is_source_for(w, worker, want)]
             if holders:
                 near = max(holders, key=lambda w: closeness(w.info, worker.info)).info

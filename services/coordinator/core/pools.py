@@ -109,6 +109,10 @@ class Pool:
     kv_layout: str
     prefill: Side = field(default_factory=lambda: Side(LoadOrder(prefill_level)))
     decode: Side = field(default_factory=lambda: Side(LoadOrder(decode_level)))
+    leaving: dict[str, Worker] = field(default_factory=dict)
+    """Those that drain. They get nothing, but what they hold can be fetched while they last."""
+    leaving_bits: int = 0
+    """`leaving` as a set of the index."""
 
     def side(self, role: Role) -> Side:
         """Those that run prompts, or those that generate."""
@@ -119,6 +123,21 @@ class Pool:
         role = worker.info.role
         self.prefill.put(worker, here=role.prefills, turn=turn)
         self.decode.put(worker, here=role.decodes, turn=turn)
+        if worker.standing is Standing.DRAINING:
+            self.leaving[worker.worker_id] = worker
+            self.leaving_bits |= worker.bit
+        elif self.leaving.pop(worker.worker_id, None) is not None:
+            self.leaving_bits &= ~worker.bit
+
+    @property
+    def holders(self) -> int:
+        """The workers that KV can be fetched from, as a set of the index."""
+        return self.prefill.bits | self.decode.bits | self.leaving_bits
+
+    def holder(self, worker_id: str) -> Worker:
+        """One of them."""
+        sides = (self.decode.up, self.prefill.up, self.leaving)
+        return next(side[worker_id] for side in sides if worker_id in side)
 
     @property
     def empty(self) -> bool:

@@ -143,3 +143,15 @@ class TestRegions:
         cluster.worker("decode-0", region="us")
         assert cluster.place(130, tenant="bank").prefill is None
         assert cluster.place(130, tenant="shop").prefill.worker_id == "prefill-0"
+
+
+def test_a_worker_that_drains_still_has_what_it_holds(cluster, make_keys):
+    two_and_two(cluster)
+    prompt = make_keys(8)
+    cluster.holds("decode-0", prompt[:6])
+    cluster.do(m.WorkerDraining(cluster.streams["decode-0"]))
+    placement = cluster.place(130, prompt=prompt)
+    assert placement.decode.worker_id == "decode-1"
+    assert placement.prefix == m.Holder("decode-0", "decode-0:1", 96)
+    cluster.do(m.StreamLost(cluster.streams["decode-0"]))
+    assert cluster.place(130, prompt=prompt).prefix is None
