@@ -363,6 +363,7 @@ def _model_to(pool: Pool) -> pb.ServedModel:
 
 def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
     info, stats = worker.info, worker.load.stats
+    experts = core.experts.status(worker.worker_id)
     return pb.WorkerStatus(
         info=pb.WorkerInfo(
             worker_id=info.worker_id,
@@ -412,4 +413,5 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
         draining=worker.standing is Standing.DRAINING,
         silent_seconds=max(0.0, now - worker.heard),
         known_blocks=core.index.known_blocks(worker.worker_id),
+        experts=None if experts is None else pb.ExpertStatus(**asdict(experts)),
     )

@@ -33,6 +33,7 @@ from services.coordinator.core.expert_moves import fit, incoming, moves
 from services.coordinator.core.experts import (
     Floats,
     Ints,
+    balancedness,
     gpu_loads,
     packing_hosts,
     place_experts,
@@ -74,6 +75,16 @@ class ExpertPlan:
     stall_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertStatus:
+    """How a worker's experts are placed; fields as in coordinator.proto."""
+
+    plan: int
+    balancedness: float
+    last_plan: str
+    fault: str
+
+
 @dataclass(slots=True)
 class _Group:
     """What is known of one worker's experts."""
@@ -89,21 +100,34 @@ class _Group:
     """Of `placed`, or of a later one that was asked for."""
     asked: float | None = None
     """When a plan went out that the worker has not answered yet."""
+    reported: int = 0
+    """Plan of `placed`."""
+    why: str = ""
+    """Of the last plan."""
+    fault: str = ""
+    """What is wrong with its reports."""
 
 
 class ExpertPlanner:
     """Watches the experts of all workers that have some."""
 
     def __init__(self, rules: ExpertRules) -> None:
-        self.faults: dict[str, str] = {}
-        """What is wrong with the reports of workers that nothing is planned for, by worker."""
         self._rules = rules
         self._groups: dict[str, _Group] = {}
 
     def forget(self, worker_id: str) -> None:
         """The worker is gone."""
         self._groups.pop(worker_id, None)
-        self.faults.pop(worker_id, None)
+
+    def status(self, worker_id: str) -> ExpertStatus | None:
+        """How it stands with a worker; None if it has no experts."""
+        group = self._groups.get(worker_id)
+        if group is None:
+            return None
+        even = 0.0
+        if group.placed is not None and group.window.any():
+            even = float(balancedness(group.window, group.placed, group.shape.gpus).mean())
+        return ExpertStatus(group.reported, even, group.why, group.fault)
 
     def observe(
         self, worker_id: str, shape: ExpertShape, stats: WorkerStats, now: float
@@ -117,51 +141,46 @@ class ExpertPlanner:
         if group is None:
             window = np.zeros((shape.layers, shape.logical))
             group = self._groups[worker_id] = _Group(shape, window, now, now)
-        if stats.expert_map is not None and not self._moved(worker_id, group, stats.expert_map):
-            return None
-        if stats.expert_tokens and not self._count(worker_id, group, stats.expert_tokens, now):
-            return None
-        if group.placed is None or not self._due(group, now):
+        if stats.expert_map is not None:
+            self._moved(group, stats.expert_map)
+        if stats.expert_tokens:
+            self._count(group, stats.expert_tokens, now)
+        if group.placed is None or group.fault or not self._due(group, now):
             return None
         group.looked = now
         plan = self._plan(group, group.placed)
         if plan is not None:
-            group.plan, group.asked = plan.map.plan, now
+            group.plan, group.asked, group.why = plan.map.plan, now, plan.why
         return plan
 
-    def _moved(self, worker_id: str, group: _Group, told: ExpertMap) -> bool:
+    def _moved(self, group: _Group, told: ExpertMap) -> None:
         """Takes a map in, if it is one."""
         shape = group.shape
         placed = np.array(told.physical_to_logical, np.intp)
-        group.placed = None
+        group.placed, group.fault = None, ""
         if placed.size != shape.layers * shape.physical:
-            fault = f"{placed.size} places, not {shape.layers} x {shape.physical}"
-        elif placed.max() >= shape.logical or placed.min() < 0:
-            fault = f"an expert that is not below {shape.logical}"
-        else:
-            placed = placed.reshape(shape.layers, shape.physical)
-            fault = _lacking(placed, shape.logical)
-        if fault:
-            self.faults[worker_id] = f"expert_map: {fault}"
-            return False
-        self.faults.pop(worker_id, None)
-        group.placed = placed
+            group.fault = f"expert_map: {placed.size} places, not {shape.layers} x {shape.physical}"
+            return
+        placed = placed.reshape(shape.layers, shape.physical)
+        group.fault = _wrong(placed, shape.logical)
+        if group.fault:
+            return
+        group.placed, group.reported = placed, told.plan
         if told.plan >= group.plan:
             group.asked = None
         group.plan = max(group.plan, told.plan)
-        return True
 
-    def _count(self, worker_id: str, group: _Group, tokens: tuple[int, ...], now: float) -> bool:
+    def _count(self, group: _Group, tokens: tuple[int, ...], now: float) -> None:
+        """Takes loads in, if they are of this shape."""
+        shape = group.shape
         if len(tokens) != group.window.size:
-            shape = group.shape
-            fault = f"{len(tokens)} numbers, not {shape.layers} x {shape.logical}"
-            self.faults[worker_id] = f"expert_tokens: {fault}"
-            return False
+            words = f"{len(tokens)} numbers, not {shape.layers} x {shape.logical}"
+            group.fault = f"expert_tokens: {words}"
+            return
         if group.placed is not None:
-            self.faults.pop(worker_id, None)
+            group.fault = ""
         self._decay(group, now)
         group.window += np.array(tokens, np.float64).reshape(group.window.shape)
-        return True
 
     def _decay(self, group: _Group, now: float) -> None:
         group.window *= 0.5 ** ((now - group.counted) / self._rules.half_life_seconds)
@@ -222,12 +241,14 @@ def _even(loads: Floats) -> float:
     return float((loads.mean(1) / loads.max(1)).mean())
 
 
-def _lacking(placed: Ints, logical: int) -> str:
-    """What is wrong with a map [layers, physical] whose numbers are experts; "" if nothing is."""
+def _wrong(placed: Ints, logical: int) -> str:
+    """What is wrong with a map [layers, physical]; "" if nothing is."""
+    if placed.min() < 0 or placed.max() >= logical:
+        return f"expert_map: an expert that is not below {logical}"
     layers = len(placed)
     base = np.arange(layers)[:, None] * logical
     count = np.bincount((base + placed).ravel(), minlength=layers * logical)
     if count.all():
         return ""
     layer, expert = divmod(int(np.flatnonzero(count == 0)[0]), logical)
-    return f"layer {layer} has no expert {expert}"
+    return f"expert_map: layer {layer} has no expert {expert}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
+from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules, ExpertStatus
 from services.coordinator.core.experts import balancedness, place_experts
 
 SHAPE = m.ExpertShape(
@@ -184,15 +184,29 @@ def test_a_worker_that_comes_back_starts_afresh():
 def test_reports_that_make_no_sense_are_named_and_nothing_is_planned(wrong, fault):
     watch = Watch()
     assert watch.after(100, **wrong) is None
-    assert watch.planner.faults == {"w": fault}
+    assert watch.planner.status("w").fault == fault
     assert watch.after(100, zipf(), IN_ORDER) is not None
-    assert watch.planner.faults == {}
+    assert watch.planner.status("w").fault == ""
 
 
 def test_a_worker_without_load_in_some_layer_is_left_alone():
     idle = np.array(zipf()).reshape(3, -1)
     idle[2] = 0
     assert Watch().after(100, idle.ravel().tolist()) is None
+
+
+def test_the_status_says_how_it_stands():
+    watch = Watch(where=None)
+    assert watch.planner.status("another") is None
+    assert watch.planner.status("w") == ExpertStatus(0, 0.0, "", "")
+    plan = watch.after(10, zipf(), IN_ORDER)
+    asked = watch.planner.status("w")
+    assert (asked.plan, asked.last_plan) == (0, plan.why)
+    assert asked.balancedness == pytest.approx(evenness(zipf(), IN_ORDER).mean())
+    watch.after(1, where=plan.map)
+    done = watch.planner.status("w")
+    assert done.plan == 1
+    assert done.balancedness == pytest.approx(evenness(zipf(), plan.map).mean())
 
 
 def test_the_core_asks_the_worker(make_cluster):

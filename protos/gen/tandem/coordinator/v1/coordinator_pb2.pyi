@@ -1392,6 +1392,7 @@ class WorkerStatus(_message.Message):
     SILENT_SECONDS_FIELD_NUMBER: _builtins.int
     KNOWN_BLOCKS_FIELD_NUMBER: _builtins.int
     AVOIDED_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Not taking new requests."""
     silent_seconds: _builtins.float
@@ -1408,6 +1409,10 @@ class WorkerStatus(_message.Message):
     def stats(self) -> Global___WorkerStats:
         """How it does."""
 
+    @_builtins.property
+    def experts(self) -> Global___ExpertStatus:
+        """How its experts are placed; absent: it has none that can be moved."""
+
     def __init__(
         self,
         *,
@@ -1417,14 +1422,51 @@ class WorkerStatus(_message.Message):
         silent_seconds: _builtins.float = ...,
         known_blocks: _builtins.int = ...,
         avoided: _builtins.str = ...,
+        experts: Global___ExpertStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "info", b"info", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoided", b"avoided", "draining", b"draining", "info", b"info", "known_blocks", b"known_blocks", "silent_seconds", b"silent_seconds", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["avoided", b"avoided", "draining", b"draining", "experts", b"experts", "info", b"info", "known_blocks", b"known_blocks", "silent_seconds", b"silent_seconds", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class ExpertStatus(_message.Message):
+    """How a worker's experts are placed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    BALANCEDNESS_FIELD_NUMBER: _builtins.int
+    LAST_PLAN_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    plan: _builtins.int
+    """Number of the plan that it reports to have carried out; 0: none yet."""
+    balancedness: _builtins.float
+    """Mean over maximum GPU load by the tokens of late, the mean of the layers: 1 is even; 0: it has
+    reported no map or no tokens.
+    """
+    last_plan: _builtins.str
+    """The last plan that it was sent, what it was to gain and to cost; empty: none."""
+    fault: _builtins.str
+    """What is wrong with its reports, so that nothing is planned; empty: nothing."""
+    def __init__(
+        self,
+        *,
+        plan: _builtins.int = ...,
+        balancedness: _builtins.float = ...,
+        last_plan: _builtins.str = ...,
+        fault: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balancedness", b"balancedness", "fault", b"fault", "last_plan", b"last_plan", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertStatus: _TypeAlias = ExpertStatus  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
