@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from dataclasses import replace
 
 import grpc
 
@@ -43,9 +42,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise _error(self._drains)
         prompt = replace(
             request_from(request.request, self._engine.info.vocabulary),
+            dp_rank=request.dp_rank,
             deadline_seconds=context.time_remaining(),
         )
-        prompt = replace(prompt, dp_rank=request.dp_rank)
         if prompt.request_id in self._waiting:
             raise DuplicateRequestError(
                 f"request {prompt.request_id} is already here", request_id=prompt.request_id

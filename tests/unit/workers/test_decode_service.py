@@ -317,3 +317,14 @@ async def test_an_engine_fault_keeps_its_reason_and_values(world):
     (output,) = (await call.read()).outputs
     assert (output.error.reason, output.error.message) == ("KV_SOURCE_LOST", "gone")
     assert dict(output.error.metadata) == {"source": "p"}
+
+
+async def test_the_engine_hears_what_is_left_until_the_deadline(world):
+    engine, _, stub = world
+    call = stub.Decode()
+    await call.write(OPEN)
+    await call.write(start("a", deadline_ms=1500))
+    await call.write(start("b"))
+    started = await engine.wait_for("decode", 2)
+    assert [request.deadline_seconds for _, request, _ in started] == [1.5, None]
+    call.cancel()

@@ -166,3 +166,12 @@ async def test_a_role_that_is_left_finishes_its_prompts_and_may_be_taken_up_agai
     again = stub.Prefill(request("b/0"))
     assert (await again.read()).WhichOneof("message") == "accepted"
     assert engine.named("cancel") == []
+
+
+async def test_the_engine_hears_what_is_left_until_the_deadline(world):
+    engine, _, stub = world
+    call = stub.Prefill(request(), timeout=30)
+    ((_, prompt, _),) = await engine.wait_for("prefill")
+    # gRPC rounds a deadline up to three digits on the wire.
+    assert 20 < prompt.deadline_seconds <= 30.1
+    call.cancel()
