@@ -348,6 +348,25 @@ def status(
 
 
 @app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="As the answer, or the error, names it.")],
+    coordinator: Annotated[
+        list[str],
+        typer.Option("--coordinator", metavar="HOST:PORT", help="Default: as settings say."),
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+    config: Config = None,
+) -> None:
+    """Say why a request went where it did, what it waited for, or why it was refused."""
+    with plain_errors():
+        from cli import explain as module
+        from cli import flags
+
+        where = coordinator or [flags.addresses(config, os.environ)[1]]
+        _run(module.show(where, request_id, as_json=as_json))
+
+
+@app.command()
 def settings(
     process: Annotated[Role | None, typer.Argument(help="Only what this process reads.")] = None,
     config: Config = None,

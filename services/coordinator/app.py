@@ -7,7 +7,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from services.coordinator.core.core import Core, Rules
 from services.coordinator.core.expert_plans import ExpertRules
@@ -36,6 +36,10 @@ async def serve(
             tokens_each=own.expert_tokens_each,
             expert_share=own.expert_share,
         ),
+        ttft_seconds=own.ttft_seconds,
+        itl_seconds=own.itl_seconds,
+        explain_decisions=own.explain_decisions,
+        region_seconds=_round_trips(own.region_round_trips),
     )
     core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
     driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")
@@ -65,3 +69,9 @@ async def serve(
         await server.stop(STOP_SECONDS)
         with contextlib.suppress(asyncio.CancelledError):
             await clock
+
+
+def _round_trips(given: Iterable[str]) -> dict[tuple[str, str], float]:
+    """Seconds by pair of regions, from region=region=milliseconds."""
+    parts = (text.split("=") for text in given)
+    return {(here, there): float(milliseconds) / 1e3 for here, there, milliseconds in parts}

@@ -10,10 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from opentelemetry import trace
+from opentelemetry.trace import Span
 
 from services.coordinator import wire
 from services.coordinator.core import messages as m
 from services.coordinator.core.core import Core
+from services.coordinator.explained import attributes, explanation_to
 from services.runtime.errors import (
     CoordinatorUnavailableError,
     InvalidRequestError,
@@ -23,6 +26,8 @@ from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
 
 log = logging.getLogger(__name__)
+
+_tracer = trace.get_tracer("tandem.coordinator")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -93,6 +98,12 @@ class Driver:
         finally:
             self._answers.pop(ticket, None)
 
+    def describe(self, want: m.PlaceRequest, span: Span) -> None:
+        """Makes a span's attributes of what was decided on a request."""
+        record = self.core.explanations.get(want.request_id, want.attempt)
+        if record is not None:
+            span.set_attributes(attributes(record, self.clock()))
+
     def stop(self) -> None:
         """Ends all streams and refuses all who wait, and all who come from now on."""
         self.stopping = True
@@ -136,9 +147,14 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
 
     async def Place(self, request: pb.PlaceRequest, context: _Context) -> pb.PlaceResponse:  # noqa: N802
         """See coordinator.proto."""
-        want = wire.place_from(request)
-        answer = await self._driver.place(want, context.time_remaining())
-        return wire.place_to(answer, self._driver.coordinator_id)
+        want, driver = wire.place_from(request), self._driver
+        with _tracer.start_as_current_span("coordinator.place", record_exception=False) as span:
+            try:
+                answer = await driver.place(want, context.time_remaining())
+            finally:
+                if span.is_recording():
+                    driver.describe(want, span)
+        return wire.place_to(answer, driver.coordinator_id)
 
     async def Report(self, request: pb.ReportRequest, context: _Context) -> pb.ReportResponse:  # noqa: N802
         """See coordinator.proto."""
@@ -162,7 +178,13 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
         self, request: pb.ExplainRequest, context: _Context
     ) -> pb.ExplainResponse:
         """See coordinator.proto."""
-        return pb.ExplainResponse(coordinator_id=self._driver.coordinator_id)
+        driver = self._driver
+        kept, now = driver.core.explanations, driver.clock()
+        return pb.ExplainResponse(
+            attempts=[explanation_to(record, now) for record in kept.of(request.request_id)],
+            coordinator_id=driver.coordinator_id,
+            remembered=len(kept),
+        )
 
 
 class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):

@@ -14,6 +14,7 @@ from kvtransfer.observe import Figures, Traffic
 from kvtransfer.tiers.base import TierStats
 from services.runtime.channels import Channels
 from services.runtime.errors import InvalidRequestError, from_rpc
+from services.runtime.explained import Decision, decisions_from
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -207,6 +208,14 @@ class Client:
             refused=dict(answer.refused),
             uptime_seconds=answer.uptime_seconds,
         )
+
+    async def explain(self, request_id: str) -> list[Decision]:
+        """What the coordinator remembers of a request."""
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(self.coordinator))
+        request = coordinator_pb2.ExplainRequest(request_id=request_id)
+        with _failures(self.coordinator):
+            answer = await stub.Explain(request, timeout=CALL_SECONDS)
+        return decisions_from([answer])
 
 
 @contextmanager

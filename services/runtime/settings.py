@@ -17,6 +17,7 @@ Patience = Annotated[float, Field(ge=0.1, le=86_400)]
 # A folder is named after it.
 WorkerName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.:@-]*)?$", max_length=128)]
 Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
+RoundTrip = Annotated[str, Field(pattern=r"^[^=+,\s]+=[^=+,\s]+=[0-9]+(\.[0-9]+)?$")]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
 
@@ -227,6 +228,26 @@ class CoordinatorSettings(_Section):
         "one to come back before they are refused.",
     )
     queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
+    ttft_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="Service level of requests that ask for none: one that can't have its first "
+        "token in this time is refused at once. 0: none.",
+    )
+    itl_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="The same for the time between tokens: a request waits for a worker that is "
+        "predicted to keep it. 0: none.",
+    )
+    region_round_trips: tuple[RoundTrip, ...] = Field(
+        (),
+        description="Round-trip times between regions, region=region=milliseconds. Others are "
+        "taken for 60 ms apart.",
+    )
+    explain_decisions: int = Field(
+        4096, ge=0, description="Decisions remembered for `tandem explain`."
+    )
     local_prefill_tokens: int = Field(
         64,
         ge=0,

@@ -7,21 +7,34 @@ again; until then requests wait instead of being told that nobody is there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.coordinator.core import messages as m
 from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.candidates import View
 from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
+from services.coordinator.core.explain import Explanations
 from services.coordinator.core.fairness import Charge
 from services.coordinator.core.feed import KvFeed, Verdict
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.load import AttemptId, Booking, Load
 from services.coordinator.core.membership import Members, Signal, Standing, Worker
-from services.coordinator.core.placement import Blocked, Decision, Placer, refusal
+from services.coordinator.core.outlook import kind_of
+from services.coordinator.core.placement import (
+    Blocked,
+    Decision,
+    Limits,
+    Outcome,
+    Placer,
+    refusal,
+)
 from services.coordinator.core.pools import Pool, Pools
+from services.coordinator.core.predict import Forecast, Predictor
+from services.coordinator.core.regions import Regions
 from services.coordinator.core.scoring import Candidate
+from services.coordinator.core.sessions import Sessions
 
 ATTEMPTS_REMEMBERED = 1 << 16
 """Placed attempts whose end is still of interest. The oldest is forgotten beyond: its end then
@@ -40,6 +53,13 @@ class Rules:
     local_prefill_tokens: int
     worker_wait_seconds: float = 0.0
     experts: ExpertRules = field(default_factory=ExpertRules)
+    ttft_seconds: float = 0.0
+    """Service level of requests that ask for none; 0: none."""
+    itl_seconds: float = 0.0
+    """The same."""
+    explain_decisions: int = 4096
+    region_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """Round-trip times between regions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +74,8 @@ class Attempt:
     """Of the decode worker."""
     charge: Charge
     """What its tenant was charged for it."""
+    forecast: Forecast
+    """Of its first token."""
 
 
 class Core:
@@ -69,7 +91,11 @@ class Core:
         self.placed = 0
         self.refused: dict[m.Reason, int] = {}
         self._rules = rules
-        self._placer = Placer(self.index, rules.local_prefill_tokens, draw)
+        self.explanations = Explanations(rules.explain_decisions)
+        self._sessions = Sessions()
+        self.predictor = Predictor()
+        view = View(self.index, self.predictor, Regions(rules.region_seconds), self._sessions)
+        self._placer = Placer(view, rules.local_prefill_tokens, draw)
         self._rate = PlacementRate(now)
         self._attempts: OrderedDict[AttemptId, Attempt] = OrderedDict()
         self._ticked = now
@@ -84,6 +110,7 @@ class Core:
             m.WorkerHeartbeat: self._heartbeat,
             m.WorkerKvEvents: self._kv_events,
             m.WorkerDraining: self._draining,
+            m.WorkerRoleChanged: self._role_changed,
             m.StreamLost: self._stream_lost,
             m.PlaceRequested: self._place,
             m.PlaceCancelled: self._cancel,
@@ -120,6 +147,7 @@ class Core:
         )
         worker.signal(Signal.HELLO)
         self.members.add(worker)
+        self._measure(worker, event.stats, now)
         self.pools.put(worker)
         self._models_seen.add(info.model)
         self._out.append(m.GrantLease(event.stream, self._rules.lease_seconds))
@@ -147,10 +175,14 @@ class Core:
         room, blocks, fit = load.room, load.free_blocks, load.fit_blocks
         load.report(event.stats, now)
         self._watch_experts(worker, event.stats, now)
+        self._measure(worker, event.stats, now)
         back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
         if back or load.room > room or load.free_blocks > blocks or load.fit_blocks > fit:
             self._serve_queue(worker.info.model, now)
+
+    def _measure(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
+        self.predictor.heard(worker.info, kind_of(worker), stats, now)
 
     def _watch_experts(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
         """Has the worker's experts placed anew if that is worth it."""
@@ -184,6 +216,17 @@ class Core:
             self.pools.put(worker)
             self._recheck = True
 
+    def _role_changed(self, event: m.WorkerRoleChanged, now: float) -> None:
+        worker = self._renew(event.stream, now)
+        if worker is None or worker.info.role is event.role:
+            return
+        if worker.info.role.decodes and not event.role.decodes:
+            self._miss(worker, now)
+        worker.take_role(event.role)
+        self.pools.put(worker)
+        self._recheck = True
+        self._serve_queue(worker.info.model, now)
+
     def _stream_lost(self, event: m.StreamLost, now: float) -> None:
         worker = self.members.on_stream(event.stream)
         if worker is not None:
@@ -196,7 +239,7 @@ class Core:
         return worker
 
     def _miss(self, worker: Worker, now: float) -> None:
-        if worker.info.role is m.Role.DECODE:
+        if worker.info.role.decodes:
             self._bereft[worker.info.model] = now
 
     def _leave(self, worker: Worker, why: str, now: float, *, tell: bool = True) -> None:
@@ -206,6 +249,7 @@ class Core:
         self.members.remove(worker)
         self.index.forget(worker.worker_id)
         self.experts.forget(worker.worker_id)
+        self.predictor.forget(worker.worker_id)
         self._recheck = True
         if tell:
             self._out.append(m.DropWorker(worker.stream, worker.worker_id, why))
@@ -213,16 +257,20 @@ class Core:
     # Requests
 
     def _place(self, event: m.PlaceRequested, now: float) -> None:
-        entry = Waiting(event.ticket, event.request, now, event.deadline)
+        want = self._with_service_level(event.request)
+        entry = Waiting(event.ticket, want, now, event.deadline)
+        self.explanations.asked(want, now, event.deadline)
         if entry.late(now):
-            self._refuse(event.ticket, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"))
+            self._refuse(entry, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"), now)
             return
         self.queue.add(entry)
         if self.queue.may_try(entry, now):
-            outcome = self._decide(event.request, now)
+            outcome = self._decide(entry, now)
             if not isinstance(outcome, Blocked):
                 self._take(entry, outcome, now)
                 return
+        else:
+            self._note_wait(entry, "its turn: others wait for the same model", now)
         out = self.queue.push_out(entry)
         if out is None:
             return
@@ -233,7 +281,15 @@ class Core:
                 f"after {now - out.since:.3f} s in the queue, another took its place: it is full"
             )
         retry = self._rate.retry_seconds(waiting, now)
-        self._refuse(out.ticket, m.Refusal(m.Reason.OVERLOADED, words, retry))
+        self._refuse(out, m.Refusal(m.Reason.OVERLOADED, words, retry), now)
+
+    def _with_service_level(self, want: m.PlaceRequest) -> m.PlaceRequest:
+        """The cluster's own where the request asks for none."""
+        ttft = want.ttft_seconds or self._rules.ttft_seconds
+        itl = want.itl_seconds or self._rules.itl_seconds
+        if (ttft, itl) == (want.ttft_seconds, want.itl_seconds):
+            return want
+        return replace(want, ttft_seconds=ttft, itl_seconds=itl)
 
     def _take(self, entry: Waiting, outcome: Decision | m.Refusal, now: float) -> None:
         """Answers a request that is in the queue."""
@@ -246,9 +302,11 @@ class Core:
     def _cancel(self, event: m.PlaceCancelled, now: float) -> None:
         entry = self.queue.remove(event.ticket)
         if entry is not None:
+            self.explanations.cancelled(entry.request, now)
             self._serve_queue(entry.request.model, now)
 
     def _attempt_ended(self, event: m.AttemptEnded, now: float) -> None:
+        self.explanations.ended(event)
         failed = self.members.get(event.failed_worker)
         if failed is not None:
             if event.unreachable and failed.signal(Signal.UNREACHABLE):
@@ -259,8 +317,9 @@ class Core:
             self.pools.put(failed)
         attempt_id = (event.request_id, event.attempt)
         if attempt_id in self._attempts:
-            charge = self._attempts[attempt_id].charge
-            self.queue.settle(charge, event.computed_tokens, event.generated_tokens)
+            attempt, computed = self._attempts[attempt_id], event.computed_tokens
+            self.queue.settle(attempt.charge, computed, event.generated_tokens)
+            self.predictor.ended(attempt.forecast, event.ttft_seconds, computed, now)
             decode = self._release(attempt_id)
             if decode is not None:
                 self._serve_queue(decode.info.model, now)
@@ -279,12 +338,20 @@ class Core:
             self.pools.put(decode)
         return decode
 
-    def _decide(self, want: m.PlaceRequest, now: float) -> Decision | Blocked | m.Refusal:
-        outcome = self._decide_settled(want)
+    def _decide(self, entry: Waiting, now: float) -> Outcome:
+        outcome = self._decide_settled(entry, now)
         if isinstance(outcome, m.Refusal) and (not self._settled or self._may_pass(outcome, now)):
             # Those who could serve it may be about to register.
-            return Blocked(outcome.message, everyone=False)
+            outcome = Blocked(outcome.message, everyone=False)
+        if isinstance(outcome, Blocked):
+            self._note_wait(entry, outcome.why, now)
         return outcome
+
+    def _note_wait(self, entry: Waiting, why: str, now: float) -> None:
+        want = entry.request
+        if self.explanations.waiting(want, why, now):
+            pools = self.pools.of(want.model, want.kv_layout)
+            self.explanations.considered(want, self._placer.rejected(want, pools))
 
     def _may_pass(self, refused: m.Refusal, now: float) -> bool:
         """Whether a refusal is for want of a worker that was here a moment ago."""
@@ -294,12 +361,14 @@ class Core:
         since = [at for name, at in self._bereft.items() if model in ("", name)]
         return any(now - at < self._rules.worker_wait_seconds for at in since)
 
-    def _decide_settled(self, want: m.PlaceRequest) -> Decision | Blocked | m.Refusal:
-        found = self._pools_for(want)
+    def _decide_settled(self, entry: Waiting, now: float) -> Outcome:
+        found = self._pools_for(entry.request)
         if isinstance(found, m.Refusal):
             return found
         want, pools = found
-        return self._placer.decide(want, pools)
+        ttft = want.ttft_seconds - (now - entry.since) if want.ttft_seconds else None
+        deadline = None if entry.deadline is None else entry.deadline - now
+        return self._placer.decide(want, pools, Limits(ttft, deadline))
 
     def _pools_for(self, want: m.PlaceRequest) -> tuple[m.PlaceRequest, list[Pool]] | m.Refusal:
         """The request with its model named, and that model's pools."""
@@ -321,13 +390,17 @@ class Core:
 
     def _answer(self, entry: Waiting, outcome: Decision | m.Refusal, now: float) -> None:
         if isinstance(outcome, m.Refusal):
-            self._refuse(entry.ticket, outcome)
+            self._refuse(entry, outcome, now)
             return
-        reasons, waited = outcome.reasons, now - entry.since
+        want, reasons, waited = entry.request, outcome.reasons, now - entry.since
         if waited > 0:
             reasons = (*reasons, f"waited {waited:.3f} s for room")
+        ttft, itl = outcome.ttft_seconds, outcome.itl_seconds
+        self.explanations.considered(want, outcome.considered)
+        self.explanations.placed(want, reasons, ttft, itl, now)
+        self._sessions.note(want.tenant, want.session, outcome.decode.worker.worker_id)
         decode, prefill = self._commit(entry, outcome, now)
-        placement = m.Placement(decode, prefill, reasons, outcome.prefix)
+        placement = m.Placement(decode, prefill, reasons, outcome.prefix, ttft, itl)
         self._out.append(m.AnswerPlacement(entry.ticket, placement, waited))
 
     def _commit(
@@ -351,6 +424,7 @@ class Core:
             prefill=source.worker_id if source else "",
             blocks=decode.blocks,
             rank=chosen.dp_rank,
+            forecast=(prefill or decode).forecast,
             charge=self.queue.charge(entry, (prefill or decode).uncached_tokens),
         )
         if len(self._attempts) > ATTEMPTS_REMEMBERED:
@@ -359,17 +433,15 @@ class Core:
 
     def _book(self, attempt: AttemptId, of: Candidate, tokens: int, now: float) -> m.Chosen:
         worker = of.worker
-        rank = worker.load.choose_rank(of.blocks)
-        if rank is None:
-            raise AssertionError(f"{worker.worker_id} was chosen and has no room")
-        worker.load.book(attempt, Booking(now, of.blocks, tokens, rank))
-        worker.picked, worker.turns = self.placed, worker.turns + 1
+        worker.load.book(attempt, Booking(now, of.blocks, tokens, of.rank))
+        worker.picked = self.placed
         self.pools.put(worker, turn=True)
-        return m.Chosen(worker.worker_id, worker.info.address, of.cached_tokens, rank)
+        return m.Chosen(worker.worker_id, worker.info.address, of.cached_tokens, of.rank)
 
-    def _refuse(self, ticket: int, refused: m.Refusal) -> None:
+    def _refuse(self, entry: Waiting, refused: m.Refusal, now: float) -> None:
         self.refused[refused.reason] = self.refused.get(refused.reason, 0) + 1
-        self._out.append(m.RefusePlacement(ticket, refused))
+        self.explanations.refused(entry.request, refused, now)
+        self._out.append(m.RefusePlacement(entry.ticket, refused))
 
     # The queue
 
@@ -385,7 +457,7 @@ class Core:
             if entry.late(now):
                 self._refuse_late(entry, now)
                 return True
-            outcome = self._decide(entry.request, now)
+            outcome = self._decide(entry, now)
             if isinstance(outcome, Blocked):
                 if outcome.everyone:
                     return False
@@ -397,7 +469,7 @@ class Core:
     def _refuse_late(self, entry: Waiting, now: float) -> None:
         self.queue.remove(entry.ticket)
         words = f"no worker had room in the {now - entry.since:.3f} s until the deadline"
-        self._refuse(entry.ticket, m.Refusal(m.Reason.DEADLINE, words))
+        self._refuse(entry, m.Refusal(m.Reason.DEADLINE, words), now)
 
     def _refuse_hopeless(self, now: float) -> None:
         """Refuses those that nobody can serve any more, wherever in the queue they stand."""
@@ -410,7 +482,7 @@ class Core:
                     if refused.reason is m.Reason.NO_WORKERS:
                         words = f"{refused.message}; waited {now - entry.since:.1f} s for one"
                         refused = replace(refused, message=words)
-                    self._refuse(entry.ticket, refused)
+                    self._refuse(entry, refused, now)
 
     # Time
 
@@ -449,7 +521,11 @@ class Core:
         for worker in self.members:
             worker.load.check_integrity()
             assert worker.standing is not Standing.GONE
-        up = {w.worker_id for w in self.members if w.standing is Standing.UP}
-        pooled = [w for p in self.pools.all() for s in (p.prefill, p.decode) for w in s.up]
-        assert sorted(pooled) == sorted(up), "pools differ from the members that are up"
+        up = [w for w in self.members if w.standing is Standing.UP]
+        pools = self.pools.all()
+        prefill = sorted(name for pool in pools for name in pool.prefill.up)
+        decode = sorted(name for pool in pools for name in pool.decode.up)
+        words = "pools differ from the members that are up"
+        assert prefill == sorted(w.worker_id for w in up if w.info.role.prefills), words
+        assert decode == sorted(w.worker_id for w in up if w.info.role.decodes), words
         assert len(self.queue) <= self.queue.limit

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.coordinator.core.feed import KvFeed
 from services.coordinator.core.load import Load
-from services.coordinator.core.messages import WorkerInfo
+from services.coordinator.core.messages import Role, WorkerInfo
 
 
 class Standing(enum.Enum):
@@ -78,8 +78,6 @@ class Worker:
     standing: Standing = Standing.GONE
     picked: int = 0
     """Number of the last placement that it got; 0 before the first."""
-    turns: int = 0
-    """Placements that it got."""
     avoided: str = ""
     """Why it gets only what nobody else can take; empty: it does not."""
     capacity: int = field(init=False)
@@ -93,6 +91,10 @@ class Worker:
     def worker_id(self) -> str:
         """Its id."""
         return self.info.worker_id
+
+    def take_role(self, role: Role) -> None:
+        """It serves something else from now on."""
+        self.info = self.load.info = replace(self.info, role=role)
 
     def signal(self, signal: Signal) -> bool:
         """Moves along the table; tells whether the standing has changed."""

@@ -1,10 +1,12 @@
 """Where one request goes: filter, score, pick; and why, in words.
 
 The decode worker is chosen first: it is the one that has to hold the request for long. Then, unless
-little of the prompt is missing there, a prefill worker of the same pool (model and KV layout), with
-equal numerics if there is one with room, since only then a resumed stream is exact, and whose rules
-let KV go to the decode worker's region. Whoever computes the prompt is told of the worker that
-holds most of it, if that is another one; whether to fetch it from there is its own decision.
+it had better compute the prompt itself, a prefill worker of the same pool (model and KV layout),
+with equal numerics if there is one with room, since only then a resumed stream is exact, and whose
+rules let KV go to the decode worker's region. Whoever computes the prompt is told of the worker
+that holds most of it, if that is another one; whether to fetch it from there is its own decision.
+
+A request whose service level or deadline can't be met even if all goes well is refused at once.
 
 Nothing here changes anything; see core.py for what a placement books.
 """
@@ -12,24 +14,38 @@ Nothing here changes anything; see core.py for what a placement books.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from services.coordinator.core.index import PrefixIndex
-from services.coordinator.core.membership import Worker
+from services.coordinator.core import reasons
+from services.coordinator.core.candidates import SHORTLIST, Field, View, barred, find
+from services.coordinator.core.explain import CONSIDERED, Considered
 from services.coordinator.core.messages import Holder, PlaceRequest, Reason, Refusal, Role
-from services.coordinator.core.pools import Pool, Side
+from services.coordinator.core.outlook import foresee_prompt, foresee_tokens, least
+from services.coordinator.core.paths import route
+from services.coordinator.core.pools import Pool
+from services.coordinator.core.predict import unattainable
 from services.coordinator.core.scoring import (
     DECODE,
-    NOMINAL_TOKENS_PER_SECOND,
+    NEAR,
     PREFILL,
     Candidate,
-    closeness,
+    Weights,
     pick,
+    score,
 )
 
-SHORTLIST = 8
-"""Least loaded workers, and as many holders of the prefix at most, that a decision looks at."""
+LOCAL_GAIN_SECONDS = 0.05
+"""A prompt that is longer than `local_prefill_tokens` is computed on the decode worker only if that
+is predicted to save this much: it holds up the requests that run there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request has left when it is decided on; None: no limit. Seconds from now."""
+
+    ttft: float | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +57,9 @@ class Decision:
     reasons: tuple[str, ...]
     prefix: Holder | None = None
     """Who holds more of the prompt than the worker that computes it."""
+    considered: tuple[Considered, ...] = ()
+    ttft_seconds: float = 0.0
+    itl_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +71,28 @@ class Blocked:
     """So it would be for any request for this model."""
 
 
+Outcome = Decision | Blocked | Refusal
+
+
+@dataclass(slots=True)
+class _Try:
+    """One decision in one pool."""
+
+    pool: Pool
+    want: PlaceRequest
+    limits: Limits
+    out: list[Considered] = field(default_factory=list)
+
+
 class Placer:
     """Decides. `draw` gives numbers in [0, 1)."""
 
-    def __init__(
-        self, index: PrefixIndex, local_prefill_tokens: int, draw: Callable[[], float]
-    ) -> None:
-        self._index = index
+    def __init__(self, view: View, local_prefill_tokens: int, draw: Callable[[], float]) -> None:
+        self._view = view
         self._local_prefill_tokens = local_prefill_tokens
         self._draw = draw
 
-    def decide(self, want: PlaceRequest, pools: Sequence[Pool]) -> Decision | Blocked | Refusal:
+    def decide(self, want: PlaceRequest, pools: Sequence[Pool], limits: Limits) -> Outcome:
         """Places a request in the first pool that has room for it.
 
         `pools` are those of the request's model, best first; at least one.
@@ -72,72 +102,203 @@ class Placer:
             return refusal(want, pools) or blocked
         everyone = True
         for pool in pools:
-            outcome = self._decide_in(pool, want)
-            if isinstance(outcome, Decision):
+            outcome = self._decide_in(_Try(pool, want, limits))
+            if not isinstance(outcome, Blocked):
                 return outcome
             blocked = outcome
             everyone = everyone and outcome.everyone
         return refusal(want, pools) or Blocked(blocked.why, everyone)
 
-    def _decide_in(self, pool: Pool, want: PlaceRequest) -> Decision | Blocked:
-        candidates = self._candidates(pool, Role.DECODE, want)
-        if not candidates:
+    def rejected(self, want: PlaceRequest, pools: Sequence[Pool]) -> tuple[Considered, ...]:
+        """Some workers that a request can't have now, and why; for its explanation."""
+        sides = ((p.side(role), role) for p in pools for role in (Role.DECODE, Role.PREFILL))
+        return tuple(
+            Considered(worker.worker_id, role, rejected=why)
+            for side, role in sides
+            for worker in islice(side.present.values(), CONSIDERED)
+            if (why := reasons.why_not(worker, want))
+        )
+
+    # Decode
+
+    def _decide_in(self, one: _Try) -> Outcome:
+        pool, want = one.pool, one.want
+        found = find(self._view, pool.decode, Role.DECODE, want)
+        one.out += found.out
+        if not found.candidates:
             why = f"no decode worker of {want.model} has room for {want.context_tokens} tokens"
             return Blocked(why, everyone=not len(pool.decode.roomy))
-        decode = pick(candidates, DECODE, self._draw)
-        reasons = (*_remarks(pool, want), _about_decode(decode))
-        alone = self._why_alone(decode, pool, want)
-        if alone:
-            why = f"computed on {decode.worker.worker_id}: {alone}"
-            return self._decision(decode, None, (*reasons, why), pool, want)
-        prefill = self._prefill_for(decode, pool, want)
-        if prefill is None:
-            # Short prompts can still be placed: not for everyone.
-            return Blocked(f"no prefill worker of {want.model} has room", everyone=False)
-        reasons = (*reasons, *_about_prefill(prefill, decode))
-        return self._decision(decode, prefill, reasons, pool, want)
+        for candidate in found.candidates:
+            self._foresee_decode(candidate)
+        quick = self._quick_enough(one, found)
+        if not quick:
+            limit = want.itl_seconds * 1e3
+            why = f"no decode worker of {want.model} is predicted to keep {limit:g} ms a token"
+            return Blocked(why, everyone=False)
+        decode, seen = self._best(quick, DECODE, Role.DECODE)
+        return self._prompt_for(one, decode, seen)
 
-    def _why_alone(self, decode: Candidate, pool: Pool, want: PlaceRequest) -> str:
-        """Why the decode worker computes the prompt itself; "" if a prefill worker does."""
-        uncached, limit = decode.uncached_tokens, self._local_prefill_tokens
-        if uncached <= limit:
-            return f"{uncached} uncached tokens <= {limit}"
-        usable = (w for w in pool.prefill.up.values() if _usable(w, want))
-        if any(_may_send(w, decode.worker, want) for w in usable):
-            return ""
-        if any(_usable(w, want) for w in pool.prefill.up.values()):
-            return "no prefill worker may send KV to its region"
-        return "no prefill worker is up"
+    def _foresee_decode(self, candidate: Candidate) -> None:
+        candidate.rank = candidate.worker.load.choose_rank(candidate.blocks) or 0
+        foresee_tokens(self._view.predictor, candidate)
+        foresee_prompt(self._view.predictor, candidate)
+
+    def _quick_enough(self, one: _Try, found: Field) -> list[Candidate]:
+        limit = one.want.itl_seconds
+        if not limit:
+            return found.candidates
+        quick = []
+        for candidate in found.candidates:
+            if candidate.itl_seconds <= limit:
+                quick.append(candidate)
+            else:
+                why = f"{candidate.itl_seconds * 1e3:.0f} ms between tokens predicted"
+                name = candidate.worker.worker_id
+                one.out.append(Considered(name, Role.DECODE, rejected=why))
+        return quick
+
+    # The prompt
+
+    def _prompt_for(
+        self, one: _Try, decode: Candidate, seen: tuple[Considered, ...]
+    ) -> Decision | Blocked | Refusal:
+        why = reasons.why_alone(decode, one.pool, one.want, self._local_prefill_tokens)
+        prefill = None if why else self._prefill_for(one, decode)
+        if not why and prefill is None:
+            # Short prompts can still be placed: not for everyone.
+            return Blocked(f"no prefill worker of {one.want.model} has room", everyone=False)
+        if prefill is not None and (saved := self._saved_alone(decode, prefill[0])):
+            why = f"{saved:.2f} s sooner than on {prefill[0].worker.worker_id}, as predicted"
+            prefill = None
+        words = [*reasons.remarks(one.pool, one.want), reasons.about_decode(decode)]
+        if prefill is None:
+            words.append(f"computed on {decode.worker.worker_id}: {why}")
+            return self._decision(one, decode, None, words, seen)
+        words += reasons.about_prefill(prefill[0], decode)
+        return self._decision(one, decode, prefill[0], words, (*seen, *prefill[1]))
+
+    def _saved_alone(self, decode: Candidate, prefill: Candidate) -> float:
+        """Seconds that computing the prompt on the decode worker is predicted to save, if any.
+
+        A prompt's steps are long, and every request in the batch waits for each of them: so its
+        time counts once more for a full batch.
+        """
+        if not (decode.forecast.prompt_seconds and prefill.forecast.prompt_seconds):
+            return 0.0
+        load = decode.worker.load
+        alone = decode.prompt_seconds * (1 + min(1.0, load.requests / load.limit))
+        saved = prefill.prompt_seconds + prefill.transfer_seconds - alone
+        return saved if saved > LOCAL_GAIN_SECONDS else 0.0
+
+    def _prefill_for(
+        self, one: _Try, decode: Candidate
+    ) -> tuple[Candidate, tuple[Considered, ...]] | None:
+        numerics = decode.worker.info.numerics
+
+        def candidates(*, whole: bool) -> list[Candidate]:
+            found = find(
+                self._view, one.pool.prefill, Role.PREFILL, one.want, decode.worker, whole=whole
+            )
+            one.out += () if whole else found.out
+            sink = decode.worker
+            return [
+                c
+                for c in found.candidates
+                if c.worker is not sink and reasons.may_send(c.worker, sink, one.want)
+            ]
+
+        some = candidates(whole=False)
+        equal = [c for c in some if c.worker.info.numerics == numerics]
+        if not some or (numerics and not equal):
+            some = candidates(whole=True)
+            equal = [c for c in some if c.worker.info.numerics == numerics]
+        choice = equal if numerics and equal else some
+        if not choice:
+            return None
+        for candidate in choice:
+            candidate.rank = candidate.worker.load.choose_rank(candidate.blocks) or 0
+            foresee_prompt(self._view.predictor, candidate)
+        return self._best(choice, PREFILL, Role.PREFILL)
+
+    def _best(
+        self, candidates: Sequence[Candidate], weights: Weights, role: Role
+    ) -> tuple[Candidate, tuple[Considered, ...]]:
+        """The one picked, and the best of those it was picked from."""
+        scored = [(score(c, weights), c) for c in candidates]
+        best = pick(scored, self._draw)
+        order = sorted(scored, key=lambda one: (one[1] is not best[1], -one[0]))
+        seen = tuple(
+            Considered(
+                worker_id=c.worker.worker_id,
+                role=role,
+                chosen=c is best[1],
+                score=total,
+                scores=tuple((scorer.__name__, w * scorer(c)) for scorer, w in weights),
+                cached_tokens=c.cached_tokens,
+                prompt_seconds=c.prompt_seconds,
+                dp_rank=c.rank,
+            )
+            for total, c in order[:CONSIDERED]
+        )
+        return best[1], seen
+
+    # The answer
 
     def _decision(
         self,
+        one: _Try,
         decode: Candidate,
         prefill: Candidate | None,
-        reasons: tuple[str, ...],
-        pool: Pool,
-        want: PlaceRequest,
-    ) -> Decision:
+        words: list[str],
+        seen: tuple[Considered, ...],
+    ) -> Decision | Refusal:
         runner = prefill or decode
-        prefix = self._prefix_for(runner, pool, want)
+        prefix = self._prefix_for(one, runner)
+        refused = self._too_late(one, runner, prefix)
+        if refused is not None:
+            return refused
         if prefix is not None:
-            reasons = (*reasons, _about_prefix(prefix, runner))
-        return Decision(decode, prefill, reasons, prefix)
+            words.append(reasons.about_prefix(prefix, runner))
+        chosen = {c.worker.worker_id for c in (decode, prefill) if c is not None}
+        out = tuple(c for c in one.out if c.worker_id not in chosen)
+        return Decision(
+            decode,
+            prefill,
+            tuple(words),
+            prefix,
+            (*seen, *out[: 2 * CONSIDERED]),
+            runner.forecast.ttft_seconds,
+            decode.itl_seconds,
+        )
 
-    def _prefix_for(self, runner: Candidate, pool: Pool, want: PlaceRequest) -> Holder | None:
+    def _too_late(self, one: _Try, runner: Candidate, prefix: Holder | None) -> Refusal | None:
+        """A refusal if the first token would come after it is of use, even if all goes well."""
+        limits, want = one.limits, one.want
+        if limits.ttft is None and limits.deadline is None:
+            return None
+        cached = max(runner.cached_tokens, prefix.tokens if prefix else 0)
+        uncached = max(1, want.context_tokens - cached)
+        best = least(self._view.predictor, one.pool, uncached, 0.0)
+        # A limit of 0 means none, and one that has passed while it waited is the least there is.
+        ttft = max(1e-9, limits.ttft) if limits.ttft is not None else 0.0
+        return unattainable(best, ttft, 0.0, limits.deadline, 1.0)
+
+    def _prefix_for(self, one: _Try, runner: Candidate) -> Holder | None:
         """Of the workers that hold most of the prompt, a near one whose KV is of use."""
         worker, block_tokens = runner.worker, runner.worker.info.block_tokens
+        want, pool = one.want, one.pool
         # The last token is computed in any case.
         most = (want.context_tokens - 1) // block_tokens * block_tokens
         among = pool.holders & ~worker.bit
-        for keys, workers in self._index.reach(want.block_keys, among):
+        for keys, workers in self._view.index.reach(want.block_keys, among):
             tokens = min(keys * block_tokens, most)
             if tokens <= runner.cached_tokens:
                 break
             names = islice(self._from_anywhere(workers), SHORTLIST)
             found = [pool.holder(name) for name in names]
-            holders = [w for w in found if _is_source_for(w, worker, want)]
+            holders = [w for w in found if reasons.is_source_for(w, worker, want)]
             if holders:
-                near = max(holders, key=lambda w: closeness(w.info, worker.info)).info
+                near = max(holders, key=lambda w: NEAR[route(w.info, worker.info).path]).info
                 return Holder(near.worker_id, near.address, tokens)
         return None
 
@@ -145,79 +306,8 @@ class Placer:
         """A set's workers, from a drawn one on: what all ask for is not asked of one alone."""
         cut = int(self._draw() * workers.bit_length())
         rest = workers >> cut << cut
-        return chain(self._index.names(rest), self._index.names(workers ^ rest))
-
-    def _prefill_for(self, decode: Candidate, pool: Pool, want: PlaceRequest) -> Candidate | None:
-        numerics = decode.worker.info.numerics
-
-        def candidates(*, whole: bool) -> list[Candidate]:
-            some = self._candidates(pool, Role.PREFILL, want, beside=decode.worker, whole=whole)
-            return [c for c in some if _may_send(c.worker, decode.worker, want)]
-
-        found = candidates(whole=False)
-        equal = [c for c in found if c.worker.info.numerics == numerics]
-        if not found or (numerics and not equal):
-            found = candidates(whole=True)
-            equal = [c for c in found if c.worker.info.numerics == numerics]
-        choice = equal if numerics and equal else found
-        return pick(choice, PREFILL, self._draw) if choice else None
-
-    def _candidates(
-        self,
-        pool: Pool,
-        role: Role,
-        want: PlaceRequest,
-        *,
-        beside: Worker | None = None,
-        whole: bool = False,
-    ) -> list[Candidate]:
-        """Workers with room for the request: of the shortlist if it has any, else of the pool."""
-        side = pool.side(role)
-        workers = {} if whole else self._shortlist(side, want)
-        if not workers:
-            workers = {w.worker_id: w for w in side.roomy if _has_room(w, want)}
-        cached = self._cached_keys(want, workers)
-        rates = [w.load.stats.prefill_tokens_per_second for w in workers.values()]
-        rates = [rate for rate in rates if rate > 0]
-        usual = sum(rates) / len(rates) if rates else NOMINAL_TOKENS_PER_SECOND
-        return [
-            Candidate(
-                worker=w,
-                context_tokens=want.context_tokens,
-                cached_tokens=min(
-                    want.context_tokens, cached.get(w.worker_id, 0) * w.info.block_tokens
-                ),
-                blocks=w.info.blocks_for(want.context_tokens + 1),
-                tokens_per_second=w.load.stats.prefill_tokens_per_second or usual,
-                beside=beside,
-            )
-            for w in workers.values()
-        ]
-
-    def _shortlist(self, side: Side, want: PlaceRequest) -> dict[str, Worker]:
-        """Those who hold most of the prefix, and the least loaded."""
-        holders = (side.up[name] for name in self._holders(want, side.bits))
-        leading = islice((w for w in holders if _has_room(w, want)), SHORTLIST)
-        idlest = (w for w in islice(side.roomy, SHORTLIST) if _has_room(w, want))
-        return {w.worker_id: w for some in (leading, idlest) for w in some}
-
-    def _holders(self, want: PlaceRequest, among: int) -> Iterator[str]:
-        """Workers of a set that hold some of the prefix, those that hold most of it first."""
-        for keys, workers in self._index.reach(want.block_keys, among):
-            if keys == 0:
-                return
-            yield from self._index.names(workers)
-
-    def _cached_keys(self, want: PlaceRequest, workers: dict[str, Worker]) -> dict[str, int]:
-        among = 0
-        for worker in workers.values():
-            among |= worker.bit
-        return {
-            name: keys
-            for keys, some in self._index.reach(want.block_keys, among)
-            if keys
-            for name in self._index.names(some)
-        }
+        index = self._view.index
+        return chain(index.names(rest), index.names(workers ^ rest))
 
 
 def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
@@ -225,10 +315,12 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
 
     `pools` are those of the request's model; at least one.
     """
-    if any(_usable(w, want) for pool in pools for w in pool.decode.present.values()):
+    if any(not barred(w, want) for pool in pools for w in pool.decode.present.values()):
         return None
     present = [w for pool in pools for w in pool.decode.present.values()]
-    left = [w for w in present if w.worker_id not in want.exclude_workers]
+    allowed = want.allowed_regions
+    here = [w for w in present if not allowed or w.info.region in allowed]
+    left = [w for w in here if w.worker_id not in want.exclude_workers]
     if left:
         most = max(w.capacity for w in left) - 1
         return Refusal(
@@ -242,68 +334,8 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
             },
         )
     words = f"no decode worker of {want.model} is up"
-    if present:
-        words += f" but the {len(present)} that failed this request"
+    if allowed:
+        words += f" in {', '.join(sorted(allowed))}, where the request may go"
+    if here:
+        words += f" but the {len(here)} that failed this request"
     return Refusal(Reason.NO_WORKERS, words, metadata={"role": "decode", "model": want.model})
-
-
-def _usable(worker: Worker, want: PlaceRequest) -> bool:
-    """Whether the worker could take the request if it had room."""
-    if worker.info.worker_id in want.exclude_workers:
-        return False
-    return want.context_tokens < worker.capacity
-
-
-def _has_room(worker: Worker, want: PlaceRequest) -> bool:
-    if not _usable(worker, want):
-        return False
-    return worker.load.fits(worker.info.blocks_for(want.context_tokens + 1))
-
-
-def _may_send(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
-    return source.info.may_send_to(sink.info, want.tenant)
-
-
-def _is_source_for(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
-    """Whether KV computed there is as good here, and may come."""
-    if source.worker_id in want.exclude_workers or source.info.numerics != sink.info.numerics:
-        return False
-    return _may_send(source, sink, want)
-
-
-def _remarks(pool: Pool, want: PlaceRequest) -> Iterator[str]:
-    """What about the request itself shaped the choice."""
-    for name in sorted(want.exclude_workers):
-        if name in pool.prefill.present or name in pool.decode.present:
-            yield f"not {name}: it failed this request"
-    if want.kv_layout and want.kv_layout != pool.kv_layout:
-        yield "the KV layout asked for has no workers with room: another one, nothing cached"
-
-
-def _about_decode(chosen: Candidate) -> str:
-    info, load = chosen.worker.info, chosen.worker.load
-    return (
-        f"{info.worker_id}: {chosen.cached_tokens} of {chosen.context_tokens} prompt tokens "
-        f"cached, {load.requests} of {info.max_running} requests, "
-        f"{load.free_blocks} of {info.total_blocks} blocks free"
-    )
-
-
-def _about_prefill(chosen: Candidate, decode: Candidate) -> Iterator[str]:
-    info, other = chosen.worker.info, decode.worker.info
-    yield (
-        f"{info.worker_id}: {chosen.cached_tokens} of {chosen.context_tokens} prompt tokens "
-        f"cached, {chosen.worker.load.queued_tokens} queued"
-    )
-    if info.numerics != other.numerics:
-        yield (
-            f"{info.worker_id} and {other.worker_id} compute different bits: no prefill worker "
-            "with equal numerics has room"
-        )
-
-
-def _about_prefix(prefix: Holder, runner: Candidate) -> str:
-    return (
-        f"{prefix.worker_id} holds {prefix.tokens} of {runner.context_tokens} prompt tokens: "
-        f"{runner.worker.worker_id} may fetch them"
-    )

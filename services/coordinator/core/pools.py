@@ -38,7 +38,7 @@ class LoadOrder:
     """Workers with room, by level of load: 0 is idle."""
 
     def __init__(self, level: Callable[[Worker], int]) -> None:
-        self._level = level
+        self.level = level
         self._levels: list[dict[str, Worker]] = [{} for _ in range(LEVELS + 1)]
         self._at: dict[str, int] = {}
 
@@ -69,7 +69,7 @@ class LoadOrder:
     def _of(self, worker: Worker) -> int | None:
         if worker.load.fit_blocks == 0:
             return None
-        return AVOIDED if worker.avoided else self._level(worker)
+        return AVOIDED if worker.avoided else self.level(worker)
 
 
 @dataclass(slots=True)
@@ -84,6 +84,14 @@ class Side:
     """Those that may get requests."""
     bits: int = 0
     """`up` as a set of the index."""
+    in_region: dict[str, LoadOrder] = field(default_factory=dict)
+    """`roomy` by region, if there are several."""
+    with_adapter: dict[str, dict[str, Worker]] = field(default_factory=dict)
+    """Those of `up` that have a LoRA adapter loaded, by adapter."""
+    roles: dict[Role, int] = field(default_factory=dict)
+    """How many of `up` have each role."""
+    _adapters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _role_of: dict[str, Role] = field(default_factory=dict)
 
     def put(self, worker: Worker, *, here: bool, turn: bool = False) -> None:
         """Takes note of a worker's standing and load; `here`: its role is on this side."""
@@ -95,10 +103,49 @@ class Side:
             self.up[worker.worker_id] = worker
             self.bits |= worker.bit
             self.roomy.put(worker, turn=turn)
+            self._near(worker.info.region).put(worker, turn=turn)
+            self._note_adapters(worker, worker.load.stats.adapters)
+            self._note_role(worker, worker.info.role)
         else:
             self.up.pop(worker.worker_id, None)
             self.bits &= ~worker.bit
             self.roomy.discard(worker)
+            self._near(worker.info.region).discard(worker)
+            self._note_adapters(worker, ())
+            self._note_role(worker, None)
+
+    def _note_role(self, worker: Worker, role: Role | None) -> None:
+        before = self._role_of.get(worker.worker_id)
+        if before is role:
+            return
+        if before is not None:
+            self.roles[before] -= 1
+            del self._role_of[worker.worker_id]
+        if role is not None:
+            self.roles[role] = self.roles.get(role, 0) + 1
+            self._role_of[worker.worker_id] = role
+
+    def _near(self, region: str) -> LoadOrder:
+        order = self.in_region.get(region)
+        if order is None:
+            order = self.in_region[region] = LoadOrder(self.roomy.level)
+        return order
+
+    def _note_adapters(self, worker: Worker, adapters: tuple[str, ...]) -> None:
+        adapters = tuple(dict.fromkeys(adapters))
+        before = self._adapters.get(worker.worker_id, ())
+        if before == adapters:
+            return
+        for name in before:
+            del self.with_adapter[name][worker.worker_id]
+            if not self.with_adapter[name]:
+                del self.with_adapter[name]
+        for name in adapters:
+            self.with_adapter.setdefault(name, {})[worker.worker_id] = worker
+        if adapters:
+            self._adapters[worker.worker_id] = adapters
+        else:
+            del self._adapters[worker.worker_id]
 
 
 @dataclass(slots=True)

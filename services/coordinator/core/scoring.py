@@ -6,14 +6,24 @@ empty batch against a full one is worth a fully cached prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.coordinator.core.membership import Worker
-from services.coordinator.core.messages import WorkerInfo
+from services.coordinator.core.paths import Path, route
+from services.coordinator.core.predict import Forecast
 
-NOMINAL_TOKENS_PER_SECOND = 1000.0
-"""Prefill rate taken for a worker that has measured none, where none of its peers has either."""
+HALF_RTT_SECONDS = 0.05
+"""Round trip to the frontend that is worth half of none."""
+
+HALF_ITL_SECONDS = 0.05
+"""Time between tokens that is worth half of none: about a person's reading speed, twice over."""
+
+NEAR = {Path.HOST: 1.0, Path.NVLINK: 0.9, Path.RDMA: 0.6, Path.TCP: 0.3, Path.FAR: 0.0}
+"""How direct each path is."""
+
+EQUAL = 0.01
+"""Scores that differ by no more count as equal: it is less than what they rest on is worth."""
 
 
 @dataclass(slots=True)
@@ -27,10 +37,26 @@ class Candidate:
     """Of these, how many it holds already."""
     blocks: int
     """KV blocks that the request takes there."""
-    tokens_per_second: float = NOMINAL_TOKENS_PER_SECOND
-    """How fast it computes prompts."""
     beside: Worker | None = None
     """The worker that its KV goes to."""
+    rank: int = 0
+    """Data-parallel rank that would take it."""
+    prompt_seconds: float = 0.0
+    """Until the prompt is done there: what is queued before it, then its uncached part."""
+    transfer_seconds: float = 0.0
+    """What moving the KV to `beside` adds."""
+    itl_seconds: float = 0.0
+    """Between tokens, with the request in the batch; 0: not measured."""
+    round_trip_seconds: float = 0.0
+    """To the frontend that asks."""
+    adapter_here: bool = True
+    """The adapter that is wanted is loaded, or none is wanted."""
+    last_of_session: bool = False
+    """It had the session's last request."""
+    cheapest: float = 0.0
+    """What the cheapest worker of the pool costs."""
+    forecast: Forecast = Forecast()  # noqa: RUF009 - frozen
+    """Of its first token, if it computes the prompt."""
 
     @property
     def uncached_tokens(self) -> int:
@@ -57,35 +83,74 @@ def cached_prefix(candidate: Candidate) -> float:
     return min(1.0, candidate.cached_tokens / candidate.context_tokens)
 
 
-def prompt_seconds(candidate: Candidate) -> float:
-    """Seconds until the prompt is done: what is queued before it, then its uncached part."""
-    tokens = candidate.worker.load.queued_tokens + candidate.uncached_tokens
-    return tokens / candidate.tokens_per_second
-
-
 def promptness(candidate: Candidate) -> float:
     """1 if the prompt is done at once, 1/2 if in a second, 1/3 if in two."""
-    return 1 / (1 + prompt_seconds(candidate))
+    return 1 / (1 + candidate.prompt_seconds)
+
+
+def handover(candidate: Candidate) -> float:
+    """1 if the KV is there at once, 1/2 if moving it adds a second."""
+    return 1 / (1 + candidate.transfer_seconds)
 
 
 def nearness(candidate: Candidate) -> float:
-    """1 if the KV stays on the host, 1/2 if in the region, else 0."""
+    """How direct the way to the decode worker is: see NEAR."""
     if candidate.beside is None:
         return 0.0
-    return closeness(candidate.worker.info, candidate.beside.info)
+    return NEAR[route(candidate.worker.info, candidate.beside.info).path]
 
 
-def closeness(here: WorkerInfo, there: WorkerInfo) -> float:
-    """1 for one host, 1/2 for one region, else 0."""
-    if here.host and here.host == there.host:
-        return 1.0
-    return 0.5 if here.region == there.region else 0.0
+def swiftness(candidate: Candidate) -> float:
+    """1 if tokens follow at once (or nothing is measured), 1/2 if every 50 ms."""
+    return 1 / (1 + candidate.itl_seconds / HALF_ITL_SECONDS)
+
+
+def evenness(candidate: Candidate) -> float:
+    """Mean over slowest rank: ranks step together, so a step costs its slowest one."""
+    return 1 / max(1.0, candidate.worker.load.imbalance)
+
+
+def closeness(candidate: Candidate) -> float:
+    """1 in the frontend's region, 1/2 if it is 50 ms away."""
+    return 1 / (1 + candidate.round_trip_seconds / HALF_RTT_SECONDS)
+
+
+def adapter_resident(candidate: Candidate) -> float:
+    """1 if the LoRA adapter is loaded or none is wanted, else 0."""
+    return 1.0 if candidate.adapter_here else 0.0
+
+
+def affinity(candidate: Candidate) -> float:
+    """1 for the worker that had the session's last request, else 0."""
+    return 1.0 if candidate.last_of_session else 0.0
+
+
+def thrift(candidate: Candidate) -> float:
+    """What the cheapest worker costs over what this one does; 1 where costs are not told."""
+    cost = candidate.worker.info.cost
+    return candidate.cheapest / cost if cost > 0 and candidate.cheapest > 0 else 1.0
 
 
 Weights = Sequence[tuple[Scorer, float]]
 
-DECODE: Weights = ((batch_room, 1.0), (block_room, 0.5), (cached_prefix, 1.0))
-PREFILL: Weights = ((promptness, 1.0), (nearness, 0.02))
+DECODE: Weights = (
+    (batch_room, 1.0),
+    (block_room, 0.5),
+    (cached_prefix, 1.0),
+    (swiftness, 0.25),
+    (evenness, 0.25),
+    (closeness, 0.5),
+    (adapter_resident, 0.5),
+    (affinity, 0.2),
+    (thrift, 0.2),
+)
+PREFILL: Weights = (
+    (promptness, 1.0),
+    (handover, 0.25),
+    (nearness, 0.02),
+    (adapter_resident, 0.25),
+    (thrift, 0.05),
+)
 
 
 def score(candidate: Candidate, weights: Weights) -> float:
@@ -96,20 +161,23 @@ def score(candidate: Candidate, weights: Weights) -> float:
     return total
 
 
-def pick(candidates: Iterable[Candidate], weights: Weights, draw: Callable[[], float]) -> Candidate:
-    """The best of at least one candidate.
+def pick(
+    scored: Sequence[tuple[float, Candidate]], draw: Callable[[], float]
+) -> tuple[float, Candidate]:
+    """The best of at least one candidate, with its score.
 
     Of equals, those with fewest bookings; of these, two are drawn and the one that was picked
     longer ago wins, so that coordinators with the same view do not all pick the same worker.
     `draw` gives numbers in [0, 1).
     """
-    scored = [(score(c, weights), c) for c in candidates]
-    best = max(s for s, _ in scored)
-    equals = [c for s, c in scored if best - s < 1e-9]
-    fewest = min(len(c.worker.load.bookings) for c in equals)
-    equals = [c for c in equals if len(c.worker.load.bookings) == fewest]
+    best = max(total for total, _ in scored)
+    equals = [one for one in scored if best - one[0] <= EQUAL]
+    if len(equals) == 1:
+        return equals[0]
+    fewest = min(len(c.worker.load.bookings) for _, c in equals)
+    equals = [one for one in equals if len(one[1].worker.load.bookings) == fewest]
     if len(equals) == 1:
         return equals[0]
     first = equals.pop(int(draw() * len(equals)))
     second = equals[int(draw() * len(equals))]
-    return min(first, second, key=lambda c: c.worker.picked)
+    return min(first, second, key=lambda one: one[1].worker.picked)

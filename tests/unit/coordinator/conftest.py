@@ -23,10 +23,17 @@ class Cluster:
     """A settled core at time `now`, with workers by name."""
 
     def __init__(
-        self, queue_limit=10, local=64, lease=3.0, settled=True, wait=0.0, draw=lambda: 0.0
+        self,
+        queue_limit=10,
+        local=64,
+        lease=3.0,
+        settled=True,
+        wait=0.0,
+        draw=lambda: 0.0,
+        **rules,
     ):
         self.now = 100.0
-        self.core = Core(Rules(lease, queue_limit, local, wait), self.now, draw)
+        self.core = Core(Rules(lease, queue_limit, local, wait, **rules), self.now, draw)
         self.streams: dict[str, int] = {}
         self.answers: dict[int, m.Command] = {}
         self.commands: list[m.Command] = []
@@ -98,8 +105,8 @@ class Cluster:
             exclude_workers=frozenset(more.pop("exclude", ())),
             kv_layout=more.pop("kv_layout", "l"),
             tenant=more.pop("tenant", ""),
+            **more,
         )
-        assert not more
         deadline = None if timeout is None else self.now + timeout
         self.do(m.PlaceRequested(ticket, want, deadline))
         return ticket

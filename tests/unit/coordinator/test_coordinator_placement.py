@@ -4,81 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from services.coordinator.core import messages as m
-from services.coordinator.core import scoring
-from services.coordinator.core.feed import KvFeed
-from services.coordinator.core.load import Booking, Load
-from services.coordinator.core.membership import Worker
-from services.coordinator.core.placement import SHORTLIST
-
-
-def candidate(
-    name="w", *, cached=0, context=128, role=m.Role.DECODE, beside=None, rate=1000.0, **s
-):
-    info = m.WorkerInfo(
-        name, role, f"{name}:1", "m", "l", 16, 512, 8, 4096, host=s.pop("host", ""),
-        region=s.pop("region", ""),
-    )  # fmt: skip
-    stats = m.WorkerStats(**{"free_blocks": 512, **s})
-    worker = Worker(info, 1, Load(info, stats), KvFeed(1, 0), 1, 0, 0)
-    return scoring.Candidate(worker, context, cached, 9, rate, beside)
-
-
-class TestScorers:
-    @pytest.mark.parametrize(
-        ("scorer", "worst", "best"),
-        [
-            (scoring.batch_room, candidate(running=8, waiting=2), candidate()),
-            (scoring.cached_prefix, candidate(), candidate(cached=128)),
-        ],
-    )
-    def test_the_stated_range_is_reached(self, scorer, worst, best):
-        assert scorer(worst) == 0.0
-        assert scorer(best) == 1.0
-
-    def test_ranges_hold_for_absurd_reports(self):
-        for absurd in (
-            candidate(running=10**6, free_blocks=10**9, queued_tokens=10**9),
-            candidate(free_blocks=0, cached=10**6),
-        ):
-            for scorer, _ in (*scoring.DECODE, *scoring.PREFILL):
-                assert 0.0 <= scorer(absurd) <= 1.0, scorer.__name__
-
-    def test_promptness_is_in_seconds(self):
-        assert scoring.promptness(candidate(context=1000, rate=1000.0)) == 0.5
-        assert scoring.promptness(candidate(context=500, queued_tokens=500)) == 0.5
-        assert scoring.promptness(candidate(context=1000, cached=1000)) > 0.99
-
-    def test_nearness(self):
-        sink = candidate("sink", host="a", region="x").worker
-        assert scoring.nearness(candidate(host="a", region="x", beside=sink)) == 1.0
-        assert scoring.nearness(candidate(host="b", region="x", beside=sink)) == 0.5
-        assert scoring.nearness(candidate(host="b", region="y", beside=sink)) == 0.0
-        assert scoring.nearness(candidate(host="a")) == 0.0
-
-    def test_hosts_that_say_nothing_are_not_the_same_host(self):
-        sink = candidate("sink").worker
-        assert scoring.nearness(candidate(beside=sink)) == 0.5
-
-
-class TestPick:
-    def test_the_best_wins(self):
-        busy, idle = candidate("busy", running=7), candidate("idle")
-        assert scoring.pick([busy, idle], scoring.DECODE, lambda: 0.0) is idle
-
-    def test_of_equals_the_one_with_fewest_bookings(self):
-        booked, free = candidate("booked", running=0), candidate("free", running=1)
-        booked.worker.load.book(("r", 0), Booking(0.0, 0, 0))
-        assert scoring.pick([booked, free], scoring.DECODE, lambda: 0.0) is free
-
-    def test_of_two_drawn_the_one_picked_longer_ago(self):
-        three = [candidate(name) for name in "abc"]
-        for number, one in enumerate(three):
-            one.worker.picked = number + 1
-        draws = iter([0.99, 0.99])  # c, then b of the other two
-        assert scoring.pick(three, scoring.DECODE, lambda: next(draws)) is three[1]
+from services.coordinator.core.candidates import SHORTLIST
 
 
 class TestDecode:

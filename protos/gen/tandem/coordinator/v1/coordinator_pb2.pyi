@@ -1833,7 +1833,7 @@ class Considered(_message.Message):
     """Data-parallel rank that would have taken it."""
     @_builtins.property
     def scores(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By scorer, before weighting: 0 to 1."""
+        """By scorer: what it adds to the score, which is its 0 to 1 times its weight."""
 
     def __init__(
         self,

@@ -1,0 +1,166 @@
+"""Who could take a request: the shortlist that a decision looks at, and who of it is out, and why.
+
+A decision looks at some holders of the prompt's prefix and some of the least loaded workers, not at
+every worker; only if none of these will do, at everyone with room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from services.coordinator.core.explain import Considered
+from services.coordinator.core.index import PrefixIndex
+from services.coordinator.core.membership import Worker
+from services.coordinator.core.messages import PlaceRequest, Role
+from services.coordinator.core.pools import Side
+from services.coordinator.core.predict import Predictor
+from services.coordinator.core.regions import Regions
+from services.coordinator.core.scoring import Candidate
+from services.coordinator.core.sessions import Sessions
+
+SHORTLIST = 8
+"""Least loaded workers, and as many of each other kind at most, that a decision looks at."""
+
+REJECTED = 4
+"""Holders of the prefix that are out, and are remembered for the explanation."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What decisions look at besides the pools."""
+
+    index: PrefixIndex
+    predictor: Predictor
+    regions: Regions
+    sessions: Sessions
+
+
+@dataclass(slots=True)
+class Field:
+    """The candidates of one decision for one role, and those who are out."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    out: list[Considered] = field(default_factory=list)
+
+
+def barred(worker: Worker, want: PlaceRequest) -> str:
+    """Why a worker can't have the request, however long it waits; "" if it can."""
+    if worker.worker_id in want.exclude_workers:
+        return "it failed this request"
+    if want.allowed_regions and worker.info.region not in want.allowed_regions:
+        return f"region {worker.info.region or '(none)'} is not allowed"
+    if want.context_tokens >= worker.capacity:
+        return f"it holds at most {worker.capacity} tokens"
+    return ""
+
+
+def full(worker: Worker, want: PlaceRequest) -> str:
+    """Why a worker can't have the request now; "" if it can."""
+    load = worker.load
+    if not load.room:
+        return f"no room: {load.requests} of {load.limit} requests"
+    blocks = worker.info.blocks_for(want.context_tokens + 1)
+    if not load.fits(blocks):
+        return f"{load.fit_blocks} KV blocks free, {blocks} needed"
+    return ""
+
+
+def fits(worker: Worker, want: PlaceRequest) -> bool:
+    """Whether it can have the request now."""
+    return not barred(worker, want) and not full(worker, want)
+
+
+def find(
+    view: View,
+    side: Side,
+    role: Role,
+    want: PlaceRequest,
+    beside: Worker | None = None,
+    *,
+    whole: bool = False,
+) -> Field:
+    """Workers with room for the request: of the shortlist if it has any, else of the pool.
+
+    Those that are avoided are left only where there is nobody else. `beside` is where the KV of a
+    prompt is to go.
+    """
+    found = Field()
+    workers = {} if whole else _shortlist(view, side, role, want, found)
+    usable = {n: w for n, w in workers.items() if not w.avoided}
+    if not usable:
+        everyone = {w.worker_id: w for w in side.roomy if fits(w, want)}
+        usable = {n: w for n, w in everyone.items() if not w.avoided} or everyone
+    for worker in workers.values():
+        if worker.worker_id not in usable:
+            found.out.append(Considered(worker.worker_id, role, rejected=worker.avoided))
+    cached = _cached_keys(view.index, want, usable)
+    last = view.sessions.last(want.tenant, want.session)
+    costs = [w.info.cost for w in usable.values() if w.info.cost > 0]
+    cheapest = min(costs, default=0.0)
+    for name, worker in usable.items():
+        held = cached.get(name, 0) * worker.info.block_tokens
+        candidate = Candidate(
+            worker=worker,
+            context_tokens=want.context_tokens,
+            cached_tokens=min(want.context_tokens, held),
+            blocks=worker.info.blocks_for(want.context_tokens + 1),
+            beside=beside,
+            round_trip_seconds=view.regions.round_trip(want.region, worker.info.region),
+            adapter_here=not want.adapter or want.adapter in worker.load.stats.adapters,
+            last_of_session=name == last,
+            cheapest=cheapest,
+        )
+        found.candidates.append(candidate)
+    return found
+
+
+def _shortlist(
+    view: View, side: Side, role: Role, want: PlaceRequest, found: Field
+) -> dict[str, Worker]:
+    """Holders of the prefix, the session's worker, those with the adapter, the near, the idle."""
+    some: dict[str, Worker] = {}
+
+    def take(workers: Iterator[Worker], limit: int) -> None:
+        for worker in islice((w for w in workers if fits(w, want)), limit):
+            some[worker.worker_id] = worker
+
+    names = islice(_holders(view.index, want, side.bits), 4 * SHORTLIST)
+    for worker in (side.up[name] for name in names):
+        why = barred(worker, want) or full(worker, want)
+        if not why and len(some) < SHORTLIST:
+            some[worker.worker_id] = worker
+        elif why and len(found.out) < REJECTED:
+            found.out.append(Considered(worker.worker_id, role, rejected=why))
+    last = side.up.get(view.sessions.last(want.tenant, want.session))
+    if last is not None:
+        take(iter((last,)), 1)
+    if want.adapter:
+        take(iter(side.with_adapter.get(want.adapter, {}).values()), SHORTLIST)
+    if len(side.in_region) > 1 and want.region in side.in_region:
+        take(islice(side.in_region[want.region], SHORTLIST), SHORTLIST)
+    take(islice(side.roomy, SHORTLIST), SHORTLIST)
+    return some
+
+
+def _holders(index: PrefixIndex, want: PlaceRequest, among: int) -> Iterator[str]:
+    """Workers of a set that hold some of the prefix, those that hold most of it first."""
+    for keys, workers in index.reach(want.block_keys, among):
+        if keys == 0:
+            return
+        yield from index.names(workers)
+
+
+def _cached_keys(
+    index: PrefixIndex, want: PlaceRequest, workers: dict[str, Worker]
+) -> dict[str, int]:
+    among = 0
+    for worker in workers.values():
+        among |= worker.bit
+    return {
+        name: keys
+        for keys, some in index.reach(want.block_keys, among)
+        if keys
+        for name in index.names(some)
+    }

@@ -1,0 +1,56 @@
+"""What is foreseen for one candidate, by what all workers have measured."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from services.coordinator.core.membership import Worker
+from services.coordinator.core.paths import route
+from services.coordinator.core.pools import Pool
+from services.coordinator.core.predict import Forecast, Predictor, Prompt
+from services.coordinator.core.scoring import Candidate
+
+NOMINAL_TOKENS_PER_SECOND = 1000.0
+"""Prefill rate by which workers are compared where nobody of their kind has measured one."""
+
+
+def kind_of(worker: Worker) -> Hashable:
+    """Workers whose figures may stand for each other's."""
+    return worker.info.model, worker.info.kv_layout, worker.info.role
+
+
+def foresee_prompt(predictor: Predictor, candidate: Candidate) -> None:
+    """Fills in when the candidate would have the prompt done, and its KV at the decode worker."""
+    worker, sink = candidate.worker, candidate.beside
+    prompt = Prompt(
+        worker.worker_id,
+        worker.load.queued_tokens,
+        candidate.uncached_tokens,
+        candidate.context_tokens - candidate.uncached_tokens,
+    )
+    known = predictor.prompt_seconds(prompt)
+    transfer = 0.0
+    if sink is not None and sink is not worker:
+        size = worker.info.kv_block_bytes * worker.info.blocks_for(candidate.context_tokens)
+        transfer = predictor.sink(sink.worker_id).seconds(size, route(worker.info, sink.info))
+    nominal = (prompt.queued_tokens + prompt.tokens) / NOMINAL_TOKENS_PER_SECOND
+    candidate.prompt_seconds = known or nominal
+    candidate.transfer_seconds = transfer
+    candidate.forecast = Forecast(prompt, prompt_seconds=known)
+
+
+def foresee_tokens(predictor: Predictor, candidate: Candidate) -> None:
+    """Fills in the time between tokens with the request on the candidate's rank."""
+    ranks = [(rank.requests, rank.kv_tokens) for rank in candidate.worker.load.ranks]
+    candidate.itl_seconds = predictor.itl_seconds(
+        candidate.worker.worker_id, ranks, candidate.rank, candidate.context_tokens
+    )
+
+
+def least(predictor: Predictor, pool: Pool, uncached_tokens: int, itl_seconds: float) -> Forecast:
+    """The best that a request may hope for in a pool; 0 for what nobody there has measured."""
+    sides = (pool.prefill, pool.decode)
+    roles = {role for side in sides for role, count in side.roles.items() if count}
+    kinds = [(pool.model, pool.kv_layout, role) for role in roles]
+    floors = [predictor.floor(kind, uncached_tokens).prompt_seconds for kind in kinds]
+    return Forecast(prompt_seconds=min(floors, default=0.0), itl_seconds=itl_seconds)
