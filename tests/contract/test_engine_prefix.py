@@ -230,3 +230,26 @@ async def test_a_tenants_own_rule(in_region, tenant, region, moves):
     assert bool(told.bytes) == moves
     assert told.lost.startswith("KV_REGION_DENIED") == (not moves)
     await source.settled()
+
+
+async def test_what_a_request_has_computed_can_be_fetched_while_it_runs(fetching, new):  # noqa: F811
+    """As when it moves: the other worker needs none of it computed but the last, open block."""
+    # Slow enough to be still running when its KV has come.
+    pace = {"scripted_step_seconds": 0.005}
+    alone, old, successor = await new(**pace), await new(**pace), await new(**pace)
+    ids, long = prompt(21), dataclasses.replace(SAMPLED, max_tokens=120)
+    expected = await alone.generate("a", ids, long)
+    old.engine.decode(Request("r/0", ids, long), None)
+    await old.until(lambda: len(old.outputs.get("r/0", ())) >= 30)
+    known = [t for o in old.outputs["r/0"] for t in o.token_ids]
+    has = len(ids) + len(known) - 1  # the last token's KV comes with the next
+    successor.engine.decode(Request("r/1", ids, long, tuple(known)), None, at(old, has))
+    await successor.first("r/1")
+    assert old.outputs["r/0"][-1].finish_reason is None
+    told = report(successor, "r/1")
+    assert told.prefix.tokens == has // BLOCK * BLOCK
+    assert told.computed_tokens == has + 1 - told.prefix.tokens
+    assert known + await successor.tokens("r/1") == expected
+    assert await old.tokens("r/0") == expected  # it took nothing from who goes on
+    for worker in (old, successor):
+        await worker.settled()

@@ -207,19 +207,20 @@ class Fluid:
         share = {w.worker_id: 0.5 if w.info.role is B else 1.0 for w in rig.workers}
         places = sum(LIMIT * share[w] for w in decode)
         room = sum(LIMIT * share[w] for w in prefill)
+        able = sum(RATE * share[w] for w in prefill) / self.prompt
         self.waiting += self.per_second
         placed = min(
             self.waiting,
             max(0.0, places - self.in_prefill - self.decoding),
-            max(0.0, room - self.in_prefill),
+            max(0.0, room + able - self.in_prefill),
         )
         self.waiting -= placed
         self.in_prefill += placed
-        done = min(self.in_prefill, sum(RATE * share[w] for w in prefill) / self.prompt)
+        done = min(self.in_prefill, able)
         idle = self.in_prefill - done < 1e-6
         self.in_prefill -= done
         self.decoding += done - self.decoding / self.generating_seconds
-        busy = done * self.prompt / sum(RATE * share[w] for w in prefill)
+        busy = done / able
         # A worker reports a queue as often as it is busy.
         turn = (rig.now * 0.618034) % 1.0
         for number, worker in enumerate(rig.workers):
