@@ -20,6 +20,7 @@ import pytest
 from kvtransfer.errors import KvError
 from kvtransfer.keys import block_keys, salt
 from services.engine.api import (
+    ExpertMap,
     FinishReason,
     FirstTokens,
     Hold,
@@ -1046,3 +1047,19 @@ async def test_a_broken_plan_fails_everything_and_the_engine_goes_on(new):
     assert (await worker.ended("a"))[-1].error.reason == "ENGINE_FAILED"
     assert len(await worker.generate("b", prompt(9), GREEDY)) == 12
     await worker.settled()
+
+
+async def test_experts_that_are_not_there_cannot_be_moved(new):
+    worker = await new()
+    assert worker.engine.info.experts is None
+    assert worker.engine.stats().expert_map is None
+    with pytest.raises(InvalidRequestError, match="no experts"):
+        worker.engine.update_experts(ExpertMap((0,), plan=1), ())
+
+
+async def test_a_rank_that_is_not_there_takes_no_request(new):
+    worker = await new()
+    assert worker.engine.info.dp_ranks == 1
+    assert worker.engine.stats().ranks == ()
+    with pytest.raises(InvalidRequestError, match="dp_rank"):
+        worker.engine.decode(Request("r", prompt(9), GREEDY, dp_rank=1), None)
