@@ -1,0 +1,98 @@
+"""The index's table against a dict: growth, collisions within rows, batches with repeats."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from services.coordinator.core import table as table_module
+from services.coordinator.core.table import ROW_PLACES, KeyTable, tags_of
+
+
+def put(table: KeyTable, keys: list[bytes], number: int) -> None:
+    while (at := table.claim(tags_of(keys))) is None:
+        table.grow()
+    table.set(at, number)
+
+
+@pytest.mark.parametrize("largest", [1, 40, 3000])
+def test_equals_a_dict(largest):
+    draw = random.Random(largest)
+    table, truth = KeyTable(), {}
+    for step in range(300):
+        count = draw.randint(1, largest)
+        keys = [draw.randrange(20 * largest).to_bytes(16, "big") for _ in range(count)]
+        if draw.random() < 0.7:
+            put(table, keys, step + 1)
+            truth |= dict.fromkeys(keys, step + 1)
+        else:
+            found = table.find(tags_of(keys))
+            assert len(found) == len(truth.keys() & set(keys))
+            table.set(found, 0)
+            for key in keys:
+                truth.pop(key, None)
+        assert np.count_nonzero(table.numbers) == len(truth)
+    table.check_integrity()
+    for number in range(20 * largest):
+        key = number.to_bytes(16, "big")
+        assert table.get(key) == truth.get(key, 0)
+
+
+def test_numbers_of_their_own():
+    table, keys = KeyTable(), [bytes([i]) * 16 for i in range(50)]
+    at = table.claim(tags_of(keys))
+    numbers = np.arange(50, dtype=np.uint32)
+    table.set(at, numbers)
+    assert sorted(map(table.get, keys)) == numbers.tolist()
+    table.check_integrity()  # the one that got 0 has no place
+    assert np.count_nonzero(table.numbers) == 49
+
+
+def test_tags_are_distinct_and_never_zero(monkeypatch):
+    keys = [b"a", b"b", b"a", b"c", b"b"]
+    assert tags_of(keys).tolist() == sorted({~hash(key) for key in keys})
+    assert len(tags_of([])) == 0
+    assert -1 not in map(hash, (bytes([i]) for i in range(256)))
+
+
+def test_a_full_row_wants_a_larger_table():
+    table = KeyTable()
+    keys = [i.to_bytes(16, "big") for i in range(ROW_PLACES + 1)]
+    put(table, keys[:-1], 7)
+    assert len(table) == ROW_PLACES
+    assert table.claim(tags_of(keys[:3])) is not None, "those that are here have their places"
+    assert table.claim(tags_of(keys[-1:])) is None
+    table.check_integrity()
+    put(table, keys[-1:], 8)
+    assert len(table) > ROW_PLACES
+    assert [table.get(key) for key in keys] == [7] * ROW_PLACES + [8]
+
+
+def test_the_table_grows_slice_by_slice(monkeypatch):
+    monkeypatch.setattr(table_module, "_ROWS_AT_ONCE", 3)
+    table, keys = KeyTable(), [i.to_bytes(16, "big") for i in range(20_000)]
+    for first in range(0, len(keys), 100):
+        put(table, keys[first : first + 100], 1 + first // 100)
+    table.check_integrity()
+    assert [table.get(key) for key in keys] == [1 + i // 100 for i in range(20_000)]
+    assert 0.2 < len(keys) / len(table) < 0.75
+
+
+def test_bytes_that_look_like_a_tag_between_two_are_not_one():
+    table = KeyTable()
+    at = table.claim(np.array([0x0101010101010101, 0x0101010101010102], np.int64))
+    table.set(at, np.array([3, 4], np.uint32))
+
+    class Key(bytes):
+        def __hash__(self):
+            return ~0x0201010101010101  # the end of the first and the start of the second
+
+    straddled = Key()
+    raw = table._bytes
+    assert raw.find((0x0201010101010101).to_bytes(8, "little")) % 8
+    assert table.get(straddled) == 0
+    with_own_place = table.claim(np.array([~hash(straddled)], np.int64))
+    table.set(with_own_place, 9)
+    assert table.get(straddled) == 9
