@@ -13,11 +13,13 @@ from typing import Any
 
 from services.coordinator.core import messages as m
 from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.balance import Balance, Queued
 from services.coordinator.core.candidates import View
 from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
 from services.coordinator.core.explain import Explanations
 from services.coordinator.core.fairness import Charge
 from services.coordinator.core.feed import KvFeed, Verdict
+from services.coordinator.core.health import Health
 from services.coordinator.core.index import PrefixIndex
 from services.coordinator.core.load import AttemptId, Booking, Load
 from services.coordinator.core.membership import Members, Signal, Standing, Worker
@@ -40,8 +42,11 @@ ATTEMPTS_REMEMBERED = 1 << 16
 """Placed attempts whose end is still of interest. The oldest is forgotten beyond: its end then
 frees capacity with the worker's next report instead of at once."""
 
-WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING"})
+WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING", "ROLE_CHANGED"})
 """Failures by which a worker says that it takes nothing now."""
+
+WORKER_SILENT = "WORKER_SILENT"
+"""It accepted, and then sent nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Rules:
     queue_limit: int
     local_prefill_tokens: int
     worker_wait_seconds: float = 0.0
+    rebalance_seconds: float = 0.0
     experts: ExpertRules = field(default_factory=ExpertRules)
     ttft_seconds: float = 0.0
     """Service level of requests that ask for none; 0: none."""
@@ -87,6 +93,9 @@ class Core:
         self.pools = Pools()
         self.queue = Queue(rules.queue_limit)
         self.experts = ExpertPlanner(rules.experts)
+        self.balance = Balance(rules.rebalance_seconds)
+        self.decides = True
+        """Of several coordinators, the one that has workers change roles."""
         self.started = now
         self.placed = 0
         self.refused: dict[m.Reason, int] = {}
@@ -94,6 +103,7 @@ class Core:
         self.explanations = Explanations(rules.explain_decisions)
         self._sessions = Sessions()
         self.predictor = Predictor()
+        self._health = Health(stale_seconds=rules.lease_seconds / 2)
         view = View(self.index, self.predictor, Regions(rules.region_seconds), self._sessions)
         self._placer = Placer(view, rules.local_prefill_tokens, draw)
         self._rate = PlacementRate(now)
@@ -147,6 +157,7 @@ class Core:
         )
         worker.signal(Signal.HELLO)
         self.members.add(worker)
+        self._health.registered(info, kind_of(worker), now)
         self._measure(worker, event.stats, now)
         self.pools.put(worker)
         self._models_seen.add(info.model)
@@ -182,7 +193,17 @@ class Core:
             self._serve_queue(worker.info.model, now)
 
     def _measure(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
-        self.predictor.heard(worker.info, kind_of(worker), stats, now)
+        """Takes note of how fast it is, and whether it is better avoided."""
+        kind = kind_of(worker)
+        measured = self.predictor.heard(worker.info, kind, stats, now)
+        self._health.heard(worker.worker_id, kind, measured, now)
+        worker.avoided = self._health.avoided(worker.worker_id, now)
+
+    def _shun(self, worker_id: str, now: float) -> None:
+        worker = self.members.get(worker_id)
+        if worker is not None:
+            worker.avoided = self._health.avoided(worker_id, now)
+            self.pools.put(worker)
 
     def _watch_experts(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
         """Has the worker's experts placed anew if that is worth it."""
@@ -223,6 +244,7 @@ class Core:
         if worker.info.role.decodes and not event.role.decodes:
             self._miss(worker, now)
         worker.take_role(event.role)
+        self.balance.role_changed(worker, now)
         self.pools.put(worker)
         self._recheck = True
         self._serve_queue(worker.info.model, now)
@@ -250,6 +272,7 @@ class Core:
         self.index.forget(worker.worker_id)
         self.experts.forget(worker.worker_id)
         self.predictor.forget(worker.worker_id)
+        self._health.forget(worker.worker_id)
         self._recheck = True
         if tell:
             self._out.append(m.DropWorker(worker.stream, worker.worker_id, why))
@@ -314,6 +337,9 @@ class Core:
                 self._recheck = True
             if event.failure in WORKER_FULL:
                 failed.load.refuse()
+            else:
+                self._health.failed(failed.worker_id, now, silent=event.failure == WORKER_SILENT)
+                failed.avoided = self._health.avoided(failed.worker_id, now)
             self.pools.put(failed)
         attempt_id = (event.request_id, event.attempt)
         if attempt_id in self._attempts:
@@ -491,6 +517,8 @@ class Core:
         for worker in self.members:
             if worker.feed.overdue(now):
                 self._out.append(m.AskResync(worker.stream))
+        for name in self._health.unheard(now):
+            self._shun(name, now)
         for entry in self.queue.late(now):
             self._refuse_late(entry, now)
         if not self._settled and now - self.started >= self._rules.lease_seconds:
@@ -504,6 +532,14 @@ class Core:
             self._refuse_hopeless(now)
         for lane in self.queue.lanes():
             self._serve_queue(lane, now)
+        if self._settled:
+            pools = self.pools.all()
+            self._out += self.balance.review(pools, self._queued, now, decides=self.decides)
+
+    def _queued(self, model: str) -> Queued:
+        """What waits for a model; those that name none may be for it."""
+        waiting = [e.request for lane in (model, "") for e in self.queue.lane(lane)]
+        return Queued(len(waiting), sum(want.context_tokens for want in waiting))
 
     def _end_leases(self, now: float) -> None:
         if now - self._ticked > self._rules.lease_seconds / 2:
