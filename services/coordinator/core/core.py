@@ -33,7 +33,7 @@ from services.coordinator.core.placement import (
     refusal,
 )
 from services.coordinator.core.pools import Pool, Pools
-from services.coordinator.core.predict import Forecast, Predictor
+from services.coordinator.core.predict import Forecast, Predictor, unattainable
 from services.coordinator.core.regions import Regions
 from services.coordinator.core.scoring import Candidate
 from services.coordinator.core.sessions import Sessions
@@ -41,6 +41,9 @@ from services.coordinator.core.sessions import Sessions
 ATTEMPTS_REMEMBERED = 1 << 16
 """Placed attempts whose end is still of interest. The oldest is forgotten beyond: its end then
 frees capacity with the worker's next report instead of at once."""
+
+SWEPT_AT_ONCE = 1 << 18
+"""Places of the index that a tick looks at for blocks of workers that are gone: half a millisecond."""
 
 WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING", "ROLE_CHANGED"})
 """Failures by which a worker says that it takes nothing now."""
@@ -222,9 +225,10 @@ class Core:
         if verdict is Verdict.RESYNC:
             self._out.append(m.AskResync(worker.stream))
         elif verdict is Verdict.REPLACE:
-            self.index.replace(worker.worker_id, event.stored)
+            self.index.replace(worker.worker_id, event.stored, event.lower)
         elif verdict is Verdict.APPLY:
             self.index.remove(worker.worker_id, event.removed)
+            self.index.lower(worker.worker_id, event.lower)
             self.index.store(worker.worker_id, event.stored)
         if worker.signal(Signal.HEARD):
             self.pools.put(worker)
@@ -281,7 +285,7 @@ class Core:
 
     def _place(self, event: m.PlaceRequested, now: float) -> None:
         want = self._with_service_level(event.request)
-        entry = Waiting(event.ticket, want, now, event.deadline)
+        entry = Waiting(event.ticket, want, now, _useful_until(want, event.deadline, now))
         self.explanations.asked(want, now, event.deadline)
         if entry.late(now):
             self._refuse(entry, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"), now)
@@ -294,6 +298,11 @@ class Core:
                 return
         else:
             self._note_wait(entry, "its turn: others wait for the same model", now)
+        hopeless = self._hopeless_wait(entry, now)
+        if hopeless is not None:
+            self.queue.remove(entry.ticket)
+            self._refuse(entry, hopeless, now)
+            return
         out = self.queue.push_out(entry)
         if out is None:
             return
@@ -305,6 +314,14 @@ class Core:
             )
         retry = self._rate.retry_seconds(waiting, now)
         self._refuse(out, m.Refusal(m.Reason.OVERLOADED, words, retry), now)
+
+    def _hopeless_wait(self, entry: Waiting, now: float) -> m.Refusal | None:
+        """A refusal if it is clear that its turn can't come in time."""
+        if entry.deadline is None or not self._settled:
+            return None
+        wait = Forecast(queue_seconds=self.queue.wait_seconds(entry))
+        left = entry.deadline - now
+        return unattainable(wait, entry.request.ttft_seconds, 0.0, left, 1.0)
 
     def _with_service_level(self, want: m.PlaceRequest) -> m.PlaceRequest:
         """The cluster's own where the request asks for none."""
@@ -494,7 +511,13 @@ class Core:
 
     def _refuse_late(self, entry: Waiting, now: float) -> None:
         self.queue.remove(entry.ticket)
-        words = f"no worker had room in the {now - entry.since:.3f} s until the deadline"
+        want, waited = entry.request, now - entry.since
+        if want.ttft_seconds and waited >= want.ttft_seconds:
+            words = f"no worker had room in the {waited:.3f} s in which the first token was wanted"
+            retry = self._rate.retry_seconds(len(self.queue), now)
+            self._refuse(entry, m.Refusal(m.Reason.SLO_UNATTAINABLE, words, retry), now)
+            return
+        words = f"no worker had room in the {waited:.3f} s until the deadline"
         self._refuse(entry, m.Refusal(m.Reason.DEADLINE, words), now)
 
     def _refuse_hopeless(self, now: float) -> None:
@@ -514,6 +537,7 @@ class Core:
 
     def _tick(self, event: m.Tick, now: float) -> None:
         self._end_leases(now)
+        self.index.sweep(SWEPT_AT_ONCE)
         for worker in self.members:
             if worker.feed.overdue(now):
                 self._out.append(m.AskResync(worker.stream))
@@ -565,3 +589,11 @@ class Core:
         assert prefill == sorted(w.worker_id for w in up if w.info.role.prefills), words
         assert decode == sorted(w.worker_id for w in up if w.info.role.decodes), words
         assert len(self.queue) <= self.queue.limit
+
+
+def _useful_until(want: m.PlaceRequest, deadline: float | None, now: float) -> float | None:
+    """When it is too late to place a request; None: never."""
+    if not want.ttft_seconds:
+        return deadline
+    first = now + want.ttft_seconds
+    return first if deadline is None else min(first, deadline)

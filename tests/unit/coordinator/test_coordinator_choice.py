@@ -184,3 +184,30 @@ class TestServiceLevel:
             cluster.wait(0.5)
             cluster.beat("decode-0", step_seconds=0.01, running=1)
         assert cluster.placement(ticket).decode.worker_id == "decode-0"
+
+    def test_who_waits_for_a_first_token_waits_no_longer_than_it_is_of_use(self, cluster):
+        cluster.worker("decode-0", max_running=1)
+        for _ in range(2):
+            cluster.place(32)
+        ticket = cluster.ask(32, ttft_seconds=1.0, timeout=60.0)
+        for _ in range(9):
+            cluster.wait(0.1)
+            cluster.beat("decode-0", running=2)
+            assert ticket not in cluster.answers
+        cluster.wait(0.2)
+        assert cluster.answers[ticket].refusal.reason is m.Reason.SLO_UNATTAINABLE
+
+    def test_a_turn_that_can_not_come_in_time_is_not_waited_for(self, make_cluster):
+        cluster = make_cluster(queue_limit=100)
+        cluster.worker("decode-0", max_running=1)
+        running = [f"r{n}" for n in range(40)]
+        for request in running:
+            cluster.ask(32, request=request)
+        for request in running[:20]:
+            cluster.wait(0.5)
+            cluster.beat("decode-0", running=2)
+            cluster.do(m.AttemptEnded(request, 0, generated_tokens=1))
+        refused = cluster.refuse(32, ttft_seconds=2.0)
+        assert refused.reason is m.Reason.SLO_UNATTAINABLE
+        assert "in the queue" in refused.message
+        assert cluster.ask(32, ttft_seconds=60.0) not in cluster.answers
