@@ -40,11 +40,11 @@ def model(text: str | None) -> list[Given]:
 
 
 def addresses(file: Path | None, environment: Mapping[str, str]) -> tuple[str, str]:
-    """host:port of the frontend and of the coordinator, as the settings have them."""
+    """host:port of the frontend, and of coordinators with commas, as the settings have them."""
     settings, _ = load(FrontendProcess, config(file, environment), environment)
     server = settings.server
     host = "127.0.0.1" if server.host in EVERYWHERE else server.host
-    return server.advertise or f"{host}:{server.port}", settings.frontend.coordinator
+    return server.advertise or f"{host}:{server.port}", ",".join(settings.frontend.coordinator)
 
 
 def texts(

@@ -1,9 +1,10 @@
 """The worker's side of WorkerRegistryService.Register.
 
-One stream at a time: Hello, a snapshot of the prefix cache, then heartbeats and changes. Whatever
-goes wrong with it (the coordinator is away, silent, or has dropped this worker) ends the session,
-and a new one begins after a pause. The worker serves on meanwhile: nothing but new placements
-depends on the coordinator.
+A stream with each coordinator, and none of them knows of the others: Hello, a snapshot of the
+prefix cache, then heartbeats and changes. Whatever goes wrong with one (the coordinator is away,
+silent, or has dropped this worker) ends that session, and a new one begins after a pause, for as
+long as the directory lists the coordinator. The worker serves on meanwhile: nothing but new
+placements depends on coordinators.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from kvtransfer.policy import ExportPolicy
-from services.engine.api import Engine, ExpertShape, KvEvents
+from services.engine.api import Engine, KvEvents
 from services.engine.experts import ExpertReports
-from services.engine.wire import plan_from, rules_to, shape_to, stats_to
+from services.engine.identity import ROLE_NAMES, ROLES, WorkerIdentity, info_to
+from services.engine.wire import plan_from, stats_to
 from services.runtime.channels import Channels
+from services.runtime.directory import Directory, StaticDirectory
 from services.runtime.errors import InvalidRequestError
 from services.runtime.settings import WorkerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
@@ -43,40 +44,7 @@ COALESCE_SECONDS = 0.02
 KEYS_IN_A_MESSAGE = 32_768
 """About 600 kB on the wire."""
 
-_ROLES = {
-    "prefill": pb.WORKER_ROLE_PREFILL,
-    "decode": pb.WORKER_ROLE_DECODE,
-    "both": pb.WORKER_ROLE_BOTH,
-}
-_ROLE_NAMES = {number: name for name, number in _ROLES.items()}
-
 _Call = grpc.aio.StreamStreamCall[pb.RegisterRequest, pb.RegisterResponse]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerIdentity:
-    """What does not change while the worker lives; fields as WorkerInfo in coordinator.proto."""
-
-    worker_id: str
-    role: str
-    address: str
-    model: str
-    kv_layout: str
-    block_tokens: int
-    total_blocks: int
-    max_running: int
-    context_tokens: int
-    host: str = ""
-    region: str = ""
-    numerics: str = ""
-    dp_ranks: int = 1
-    pid: int = 0
-    export_policy: ExportPolicy = field(default_factory=ExportPolicy)
-    kv_transports: tuple[str, ...] = ()
-    kv_not_offered: Mapping[str, str] = field(default_factory=dict)
-    can_be: tuple[str, ...] = ()
-    """Roles that it can change to; `role` is the one that it begins with."""
-    experts: ExpertShape | None = None
 
 
 def _keep(role: str, why: str) -> None:
@@ -84,9 +52,10 @@ def _keep(role: str, why: str) -> None:
 
 
 class Registration:
-    """Keeps a worker registered. `draw` gives numbers in [0, 1), for jitter.
+    """Keeps a worker registered with every coordinator. `draw` gives numbers in [0, 1), for jitter.
 
-    `on_role` is called with a role that a coordinator asks for, and why; it may call role_changed.
+    `directory` knows the coordinators; without one they are those that the settings name. `on_role`
+    is called with a role that a coordinator asks for, and why; it may call role_changed.
     """
 
     def __init__(
@@ -96,59 +65,94 @@ class Registration:
         settings: WorkerSettings,
         channels: Channels,
         *,
+        directory: Directory | None = None,
         on_role: Callable[[str, str], None] = _keep,
         hello_seconds: float = HELLO_SECONDS,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.registered = asyncio.Event()
-        """Set while the coordinator has accepted this worker."""
+        """Set while some coordinator has accepted this worker."""
         self._engine = engine
         self._identity = identity
-        self._settings = settings
+        self._heartbeat_seconds = settings.heartbeat_seconds
+        self._directory = directory or StaticDirectory(settings.coordinator)
         self._channels = channels
         self._patience = hello_seconds
         self._draw = draw
         self._on_role = on_role
         self._role = identity.role
         self._draining = False
-        self._news = asyncio.Event()
-        """Something is to be told before the next heartbeat."""
+        self._accepted: set[str] = set()
+        self._news: set[asyncio.Event] = set()
+        """One a stream: something is to be told before the next heartbeat."""
 
     def drain(self) -> None:
-        """Tells the coordinator, now and at every new start, that no new requests are wanted."""
+        """Tells coordinators, now and at every new start, that no new requests are wanted."""
         self._draining = True
-        self._news.set()
+        self._tell()
 
     def role_changed(self, role: str) -> None:
-        """Tells the coordinator, now and at every new start, what the worker serves."""
+        """Tells coordinators, now and at every new start, what the worker serves."""
         self._role = role
-        self._news.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        for news in self._news:
+            news.set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Registers, again and again if need be, until `stop` is set."""
-        clock = asyncio.get_running_loop().time
+        """Registers, again and again if need be, until `stop` is set.
+
+        Raises what the engine does, which is no coordinator's fault.
+        """
         stopped = asyncio.create_task(stop.wait())
-        pause = FIRST_PAUSE_SECONDS
+        staying: dict[str, asyncio.Task[None]] = {}
         try:
             while not stop.is_set():
-                started = clock()
-                session = asyncio.create_task(self._session())
-                try:
-                    await asyncio.wait((session, stopped), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    await self._end(session, first=pause == FIRST_PAUSE_SECONDS)
-                if clock() - started > LONGEST_PAUSE_SECONDS:
-                    pause = FIRST_PAUSE_SECONDS
-                # Between half and all of it: workers that lost the same coordinator spread out.
-                await asyncio.wait((stopped,), timeout=pause * (0.5 + self._draw() / 2))
-                pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+                known = self._directory.coordinators
+                for address in known:
+                    if address not in staying:
+                        staying[address] = asyncio.create_task(self._stay(address, stopped))
+                changed = asyncio.create_task(self._directory.changed(known))
+                waiting = (stopped, changed, *staying.values())
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                for address, task in list(staying.items()):
+                    if task.done():
+                        del staying[address]
+                        task.result()
         finally:
             stopped.cancel()
+            for task in staying.values():
+                task.cancel()
+            await asyncio.gather(*staying.values(), return_exceptions=True)
 
-    async def _end(self, session: asyncio.Task[None], *, first: bool) -> None:
+    async def _stay(self, address: str, stopped: asyncio.Task[bool]) -> None:
+        """Sessions with one coordinator, until `stopped`; one off the list has only this one."""
+        clock = asyncio.get_running_loop().time
+        pause = FIRST_PAUSE_SECONDS
+        while not stopped.done():
+            started = clock()
+            session = asyncio.create_task(self._session(address))
+            try:
+                await asyncio.wait((session, stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await self._end(address, session, first=pause == FIRST_PAUSE_SECONDS)
+            if address not in self._directory.coordinators:
+                await self._channels.drop(address)
+                return
+            if clock() - started > LONGEST_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            # Between half and all of it: workers that lost the same coordinator spread out.
+            await asyncio.wait((stopped,), timeout=pause * (0.5 + self._draw() / 2))
+            pause = min(LONGEST_PAUSE_SECONDS, pause * 2)
+
+    async def _end(self, address: str, session: asyncio.Task[None], *, first: bool) -> None:
         """Cleans a session up, and says why there is none, once for a row of failures."""
-        was_in = self.registered.is_set()
-        self.registered.clear()
+        was_in = address in self._accepted
+        self._accepted.discard(address)
+        if not self._accepted:
+            self.registered.clear()
         session.cancel()
         try:
             await session
@@ -156,11 +160,11 @@ class Registration:
             return
         except (grpc.RpcError, grpc.aio.BaseError, TimeoutError, _EndedError) as error:
             level = logging.WARNING if was_in or first else logging.DEBUG
-            log.log(level, "not registered with %s: %s", self._settings.coordinator, _said(error))
+            log.log(level, "not registered with %s: %s", address, _said(error))
 
-    async def _session(self) -> None:
+    async def _session(self, address: str) -> None:
         """One stream, from Hello to whatever ends it."""
-        channel = self._channels.get(self._settings.coordinator)
+        channel = self._channels.get(address)
         call: _Call = pb_grpc.WorkerRegistryServiceStub(channel).Register()
         role, told = self._role, ExpertReports()
         try:
@@ -169,9 +173,10 @@ class Registration:
                 answer = await _read(call)
             if not answer.HasField("accepted"):
                 raise _EndedError("the coordinator answered a Hello with something else")
+            self._accepted.add(address)
             self.registered.set()
-            log.info("registered with %s", answer.accepted.coordinator_id)
-            interval = min(self._settings.heartbeat_seconds, answer.accepted.lease_ms / 3000)
+            log.info("registered with %s at %s", answer.accepted.coordinator_id, address)
+            interval = min(self._heartbeat_seconds, answer.accepted.lease_ms / 3000)
             writer = _Writer(call, self._patience)
             await self._converse(writer, call, interval, role, told)
         finally:
@@ -204,8 +209,8 @@ class Registration:
             answer = await _read(call)
             if answer.HasField("resync"):
                 resync.set()
-            elif answer.HasField("change_role") and answer.change_role.role in _ROLE_NAMES:
-                self._on_role(_ROLE_NAMES[answer.change_role.role], answer.change_role.why)
+            elif answer.HasField("change_role") and answer.change_role.role in ROLE_NAMES:
+                self._on_role(ROLE_NAMES[answer.change_role.role], answer.change_role.why)
             elif answer.HasField("expert_plan"):
                 self._move_experts(answer.expert_plan)
 
@@ -224,19 +229,30 @@ class Registration:
     ) -> None:
         """Heartbeats, each behind what was to be told before it."""
         left = False
-        while True:
-            self._news.clear()
-            if self._role != role:
-                role = self._role
-                changed = pb.RoleChanged(role=_ROLES[role])
-                await writer.write(pb.RegisterRequest(role_changed=changed))
-            if self._draining and not left:
-                left = True
-                await writer.write(pb.RegisterRequest(draining=pb.Draining()))
-            stats = stats_to(told.of(self._engine.stats()))
-            await writer.write(pb.RegisterRequest(heartbeat=pb.Heartbeat(stats=stats)))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), interval)
+        with self._hearing() as news:
+            while True:
+                news.clear()
+                if self._role != role:
+                    role = self._role
+                    changed = pb.RoleChanged(role=ROLES[role])
+                    await writer.write(pb.RegisterRequest(role_changed=changed))
+                if self._draining and not left:
+                    left = True
+                    await writer.write(pb.RegisterRequest(draining=pb.Draining()))
+                stats = stats_to(told.of(self._engine.stats()))
+                await writer.write(pb.RegisterRequest(heartbeat=pb.Heartbeat(stats=stats)))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), interval)
+
+    @contextlib.contextmanager
+    def _hearing(self) -> Iterator[asyncio.Event]:
+        """What is set when there is something to be told."""
+        news = asyncio.Event()
+        self._news.add(news)
+        try:
+            yield news
+        finally:
+            self._news.discard(news)
 
     async def _tell_kv(self, writer: _Writer, resync: asyncio.Event) -> None:
         """Sends changes, and starts over with a snapshot whenever the coordinator asks for one."""
@@ -266,29 +282,8 @@ class Registration:
         raise _EndedError("the engine's KV events ended")
 
     def _hello(self, told: ExpertReports) -> pb.RegisterRequest:
-        me = self._identity
-        info = pb.WorkerInfo(
-            worker_id=me.worker_id,
-            role=_ROLES[self._role],
-            address=me.address,
-            model=me.model,
-            kv_layout=me.kv_layout,
-            block_tokens=me.block_tokens,
-            total_blocks=me.total_blocks,
-            max_running=me.max_running,
-            context_tokens=me.context_tokens,
-            host=me.host,
-            region=me.region,
-            numerics=me.numerics,
-            dp_ranks=me.dp_ranks,
-            pid=me.pid,
-            export_rules=rules_to(me.export_policy),
-            kv_transports=me.kv_transports,
-            kv_not_offered=me.kv_not_offered,
-            can_be=[_ROLES[role] for role in me.can_be],
-            experts=None if me.experts is None else shape_to(me.experts),
-        )
         stats = stats_to(told.of(self._engine.stats()))
+        info = info_to(self._identity, self._role)
         return pb.RegisterRequest(hello=pb.Hello(info=info, stats=stats))
 
 

@@ -18,6 +18,7 @@ from services.frontend.patience import Patience
 from services.frontend.service import Chance, InferenceServicer
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
+from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import FrontendProcess
 from tandem.inference.v1 import inference_pb2_grpc
@@ -47,7 +48,8 @@ async def serve_model(
     clock = time.monotonic
     name = f"frontend-{secrets.token_hex(4)}"
     channels = Channels()
-    coordinator = Coordinator(settings.frontend.coordinator, channels, name, clock)
+    listing = directory(settings.directory, settings.frontend.coordinator)
+    coordinator = Coordinator(listing, channels, name, clock)
     workers = Workers(channels, name, clock)
     patience = Patience(settings.frontend.silence_seconds, settings.frontend.stall_seconds)
     awake = Awake(clock)
@@ -61,7 +63,9 @@ async def serve_model(
         server.add(adder, servicer, "tandem.inference.v1.InferenceService")
         sweeper = asyncio.create_task(_sweep(workers))
         try:
-            ready(await server.start())
+            address = await server.start()
+            listing.join(Member(Kind.FRONTEND, name, address))
+            ready(address)
             await stop.wait()
         finally:
             await server.stop(settings.server.drain_seconds)
@@ -71,6 +75,7 @@ async def serve_model(
                 await sweeper
             await workers.close()
             await coordinator.close()
+            await listing.close()
             await channels.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -154,12 +155,13 @@ class Status:
 class Client:
     """An async context manager. Every method raises CallFailedError.
 
-    stream() also raises InvalidRequestError, for what a message can't hold.
+    `coordinator` may name several, with commas. stream() also raises InvalidRequestError, for what
+    a message can't hold.
     """
 
     def __init__(self, address: str, coordinator: str = "") -> None:
         self.address = address
-        self.coordinator = coordinator
+        self._coordinators = coordinator.split(",")
         self._channels = Channels()
 
     async def __aenter__(self) -> Self:
@@ -197,10 +199,16 @@ class Client:
         return [model.name for model in answer.models]
 
     async def status(self) -> Status:
-        """The coordinator's view."""
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(self.coordinator))
-        with _failures(self.coordinator):
-            answer = await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=CALL_SECONDS)
+        """A coordinator's view: of the first that answers, beginning with who did the last time."""
+        for address in list(self._coordinators):
+            try:
+                answer = await self._status_of(address)
+                break
+            except CallFailedError as error:
+                failure = error
+                self._coordinators.append(self._coordinators.pop(0))
+        else:
+            raise failure
         return Status(
             workers=tuple(_worker(worker) for worker in answer.workers),
             queued=answer.queued,
@@ -210,12 +218,27 @@ class Client:
         )
 
     async def explain(self, request_id: str) -> list[Decision]:
-        """What the coordinator remembers of a request."""
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(self.coordinator))
+        """What coordinators remember of a request: each attempt may have asked another one."""
+        asked = (self._explained_by(address, request_id) for address in self._coordinators)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        known = [a for a in answers if isinstance(a, coordinator_pb2.ExplainResponse)]
+        for failure in answers:
+            if isinstance(failure, BaseException) and not (
+                known and isinstance(failure, CallFailedError)
+            ):
+                raise failure
+        return decisions_from(known)
+
+    async def _explained_by(self, address: str, request_id: str) -> coordinator_pb2.ExplainResponse:
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(address))
         request = coordinator_pb2.ExplainRequest(request_id=request_id)
-        with _failures(self.coordinator):
-            answer = await stub.Explain(request, timeout=CALL_SECONDS)
-        return decisions_from([answer])
+        with _failures(address):
+            return await stub.Explain(request, timeout=CALL_SECONDS)
+
+    async def _status_of(self, address: str) -> coordinator_pb2.GetStatusResponse:
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(address))
+        with _failures(address):
+            return await stub.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=CALL_SECONDS)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
 Patience = Annotated[float, Field(ge=0.1, le=86_400)]
@@ -20,6 +20,17 @@ Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
 RoundTrip = Annotated[str, Field(pattern=r"^[^=+,\s]+=[^=+,\s]+=[0-9]+(\.[0-9]+)?$")]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
+Address = Annotated[str, Field(pattern=r"^[^,\s]+:[0-9]+$")]
+
+
+def _split(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
+"""host:port of each; also as one text with commas."""
 
 
 ExpertCounts = Annotated[str, Field(pattern=r"^([1-9]\d{0,4}(/[1-9]\d{0,4}){5})?$")]
@@ -200,13 +211,28 @@ class WorkerSettings(_Section):
         description="Name in status and logs, and of its folder for the disk tier; empty: the "
         "role. Letters, digits and . _ : @ -, the first no dot.",
     )
-    coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
+    coordinator: Addresses = Field(
+        ("127.0.0.1:7450",),
+        description="host:port of each coordinator. With directory.etcd: of those to begin with, "
+        "until etcd has answered; may be empty.",
+    )
     region: str = Field(
         "",
         description="Label of the region, for placement and for where KV blocks may go. It is what "
         "a worker says of itself: nothing proves it.",
     )
     heartbeat_seconds: Seconds = Field(0.5, description="Between reports of load.")
+    nvlink_domain: str = Field(
+        "",
+        description="Label of the NVLink domain that its GPUs are in: between workers with the "
+        "same one KV goes over NVLink.",
+    )
+    cost: float = Field(
+        0.0,
+        ge=0,
+        description="What it costs, in any unit that all workers share; 0: not told. Of workers "
+        "that do equally well the cheaper one is taken.",
+    )
     can_be: tuple[Literal["prefill", "decode", "both"], ...] = Field(
         (),
         description="Roles that the coordinator may change this worker's to while it runs; the one "
@@ -281,7 +307,9 @@ class CoordinatorSettings(_Section):
 class FrontendSettings(_Section):
     """The public API."""
 
-    coordinator: str = Field("127.0.0.1:7450", description="host:port of the coordinator.")
+    coordinator: Addresses = Field(
+        ("127.0.0.1:7450",), description="host:port of each coordinator, as worker.coordinator."
+    )
     max_attempts: int = Field(
         5, ge=1, description="Placements of one request, workers dying, before it fails."
     )
@@ -314,11 +342,32 @@ class FrontendSettings(_Section):
     )
 
 
+class DirectorySettings(_Section):
+    """Where processes find each other."""
+
+    etcd: Addresses = Field(
+        (),
+        description="host:port of each member of an etcd cluster, in which coordinators, workers "
+        "and frontends list themselves under leases. Empty: coordinators are those that "
+        "worker.coordinator and frontend.coordinator name.",
+    )
+    cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=128)] = Field(
+        "default", description="Name of the cluster in etcd, where its keys are /tandem/NAME/..."
+    )
+    lease_seconds: int = Field(
+        10,
+        ge=2,
+        le=3600,
+        description="A process not heard of by etcd for this long is off the list.",
+    )
+
+
 class CoordinatorProcess(_Section):
     """Everything `tandem serve coordinator` reads."""
 
     server: ServerSettings = ServerSettings(port=7450)
     log: LogSettings = LogSettings()
+    directory: DirectorySettings = DirectorySettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
 
 
@@ -327,6 +376,7 @@ class FrontendProcess(_Section):
 
     server: ServerSettings = ServerSettings(port=7400)
     log: LogSettings = LogSettings()
+    directory: DirectorySettings = DirectorySettings()
     model: ModelSettings = ModelSettings()
     frontend: FrontendSettings = FrontendSettings()
 
@@ -336,6 +386,7 @@ class WorkerProcess(_Section):
 
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()
+    directory: DirectorySettings = DirectorySettings()
     model: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()

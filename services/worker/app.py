@@ -16,10 +16,12 @@ import grpc
 from services.decode.service import DecodeServicer
 from services.engine.api import Engine
 from services.engine.build import build
+from services.engine.identity import WorkerIdentity
 from services.engine.regions import export_policy
-from services.engine.registration import Registration, WorkerIdentity
+from services.engine.registration import Registration
 from services.prefill.service import PrefillServicer
 from services.runtime.channels import Channels
+from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import WorkerProcess
 from services.worker.duty import Duty
@@ -95,9 +97,10 @@ async def _serve_engine(
         if worker.change_role(wanted, why):
             registration.role_changed(wanted)
 
-    registration = Registration(
-        engine, _identity(duty, engine, settings, address), own, channels, on_role=on_role
-    )
+    identity = _identity(duty, engine, settings, address)
+    listing = directory(settings.directory, own.coordinator)
+    listing.join(Member(Kind.WORKER, identity.worker_id, address))
+    registration = Registration(engine, identity, own, channels, directory=listing, on_role=on_role)
     leaving = asyncio.Event()
     tasks = [
         asyncio.create_task(worker.deliver()),
@@ -116,6 +119,7 @@ async def _serve_engine(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(FRAME_SECONDS)
+        await listing.close()
         await channels.close()
 
 
@@ -172,4 +176,7 @@ def _identity(duty: Duty, engine: Engine, settings: WorkerProcess, address: str)
         export_policy=export_policy(settings.worker.region, settings.kv),
         kv_transports=info.kv_transports,
         kv_not_offered=info.kv_not_offered,
+        nvlink_domain=settings.worker.nvlink_domain,
+        cost=settings.worker.cost,
+        kv_block_bytes=info.layout.block_bytes,
     )

@@ -28,6 +28,7 @@ from services.frontend.service import Chance, InferenceServicer
 from services.frontend.validate import Chat, Prompt
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
+from services.runtime.directory import StaticDirectory
 from services.runtime.errors import (
     EngineFailedError,
     EngineOverloadedError,
@@ -106,6 +107,8 @@ class FakePrefill(
         self.released: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.accepts = asyncio.Event()
+        self.accepts.set()
         self.failure: Exception | None = None
         self.finish = 0
         self.moved = asyncio.Condition()
@@ -115,6 +118,7 @@ class FakePrefill(
         name = request.request.request_id
         handed_over = False
         try:
+            await self.accepts.wait()
             yield prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted())
             await self.gate.wait()
             if self.failure:
@@ -161,14 +165,18 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.refusal: tuple[str, str] | None = None
         self.refusals = 1000
         self.frame_tokens = 1
+        self.streams_out: list[asyncio.Queue] = []
 
-    def go_on(self):
-        self.pause_at = None
+    def go_on(self, until: int | None = None):
+        self.pause_at = until
+        self.paused.clear()
         self._resumed.set()
+        self._resumed = asyncio.Event()
 
     async def Decode(self, request_iterator, context):  # noqa: N802
         self.streams += 1
         out: asyncio.Queue = asyncio.Queue()
+        self.streams_out.append(out)
         mine: dict[str, Running] = {}
         reader = asyncio.create_task(self._read(request_iterator, out, mine))
         try:
@@ -226,7 +234,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         kv.cached_tokens = 1 if local else 0
         limit = request.sampling.max_tokens
         while True:
-            if self.pause_at is not None and len(running.tokens) >= self.pause_at:
+            while self.pause_at is not None and len(running.tokens) >= self.pause_at:
                 self.paused.set()
                 await self._resumed.wait()
             count = min(self.frame_tokens, limit - len(running.tokens))
@@ -266,6 +274,7 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.gate = asyncio.Event()
         self.gate.set()
         self.models = 0
+        self.predicted_ttft = 0.0
 
     async def Place(self, request, context):  # noqa: N802
         self.places.append(request)
@@ -275,7 +284,9 @@ class FakeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         left = [n for n in self.decode if n not in request.exclude_workers]
         if not left:
             raise NoWorkersError("no decode worker is up", role="decode")
-        answer = coordinator_pb2.PlaceResponse(reasons=["first one"])
+        answer = coordinator_pb2.PlaceResponse(
+            reasons=["first one"], predicted_ttft_seconds=self.predicted_ttft
+        )
         answer.decode.worker_id, answer.decode.address = left[0], self.decode[left[0]]
         for name in self.prefill:
             if name not in request.exclude_workers:
@@ -374,7 +385,7 @@ async def a_world(**settings):
     clock = time.monotonic
     channels = Channels()
     frontend = FrontendSettings(**settings)
-    coordinator = Coordinator(address, channels, "frontend-1", clock)
+    coordinator = Coordinator(StaticDirectory([address]), channels, "frontend-1", clock)
     world.workers = Workers(channels, "frontend-1", clock)
     patience = Patience(frontend.silence_seconds, frontend.stall_seconds)
     cluster = Cluster(coordinator, world.workers, clock, patience, Awake(clock))
