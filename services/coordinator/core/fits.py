@@ -22,11 +22,11 @@ SOLVE_EVERY = 1.0
 
 _KV_UNIT = 10_000.0
 """Tokens: makes the three terms of a step alike in size."""
-_PRIOR_STEPS = ((0.0, 0.0), (64.0, 0.0), (64.0, 64 * 4096 / _KV_UNIT))
-"""Requests, and tokens of KV in units, at which the prior says what a step takes."""
-_PRIOR_WEIGHT = 1.0
+_PRIOR_WEIGHT = 0.1
 """Of each of a prior's points, where a new measurement has 1."""
 _CONTEXT_UNIT = 10_000.0
+_PROMPT_PRIOR = (2 * _PRIOR_WEIGHT, _PRIOR_WEIGHT, _PRIOR_WEIGHT)
+"""Sums over its two points, factor 1 with a context of none and of one unit."""
 _RELATIVE_BOUND = 8.0
 """A prompt that took more than this many times what was expected, or less than that part of it, is
 counted as that: something else held it up."""
@@ -35,8 +35,9 @@ counted as that: something else held it up."""
 class StepFit:
     """Seconds of a step: base, and for each request and token of KV; none of them negative.
 
-    The prior has the shape of NOMINAL_STEP at the speed that is measured: with one size of batch
-    alone the mean is right, and the slopes are the nominal ones.
+    The prior has the shape of NOMINAL_STEP at the speed that is measured, for the mean batch, for
+    that batch without KV, and for none. So with one size of batch alone the mean is right, and the
+    slopes are the nominal ones.
     """
 
     __slots__ = ("_at", "_cost", "_matrix", "_scale", "_solved", "_vector", "_weight")
@@ -78,8 +79,9 @@ class StepFit:
     def _solve(self) -> list[float]:
         matrix, vector = list(self._matrix), list(self._vector)
         scale = self._scale / self._weight
-        for r, k in _PRIOR_STEPS:
-            seconds = scale * NOMINAL_STEP.seconds(int(r), int(k * _KV_UNIT))
+        mean, kv = matrix[1] / matrix[0], matrix[2] / matrix[0]
+        for r, k in ((0.0, 0.0), (mean, 0.0), (mean, kv)):
+            seconds = scale * NOMINAL_STEP.seconds(round(r), round(k * _KV_UNIT))
             w = _PRIOR_WEIGHT / seconds**2
             for i, product in enumerate((1.0, r, k, r * r, r * k, k * k)):
                 matrix[i] += w * product
@@ -101,8 +103,8 @@ class PromptFit:
 
     def __init__(self) -> None:
         self._at = 0.0
-        self._matrix = [2.0, 1.0, 1.0]
-        self._vector = [2.0, 1.0]
+        self._matrix = list(_PROMPT_PRIOR)
+        self._vector = list(_PROMPT_PRIOR[:2])
         self._solution: list[float] | None = None
 
     def add(self, mean_context: float, factor: float, now: float) -> None:
@@ -112,10 +114,12 @@ class PromptFit:
         y = min(max(factor, 1 / _RELATIVE_BOUND), _RELATIVE_BOUND)
         x = mean_context / _CONTEXT_UNIT
         matrix, vector, w = self._matrix, self._vector, 1 / y**2
-        # The prior's two points, at 0 and at one unit, come back as measurements age.
-        for i, (product, prior) in enumerate(zip((1.0, x, x * x), (2.0, 1.0, 1.0), strict=True)):
+        # Without the prior's part, which does not age.
+        for i, product in enumerate((1.0, x, x * x)):
+            prior = _PROMPT_PRIOR[i]
             matrix[i] = prior + kept * (matrix[i] - prior) + w * product
-        for i, (product, prior) in enumerate(zip((1.0, x), (2.0, 1.0), strict=True)):
+        for i, product in enumerate((1.0, x)):
+            prior = _PROMPT_PRIOR[i]
             vector[i] = prior + kept * (vector[i] - prior) + w * product * y
         self._solution = None
 
