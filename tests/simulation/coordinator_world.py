@@ -412,7 +412,9 @@ class World(Book):
         assert {w.worker_id for w in core.members} == living.keys()
         assert self.known.keys() == living.keys()
         for name, worker in living.items():
-            assert core.index._held[name] == worker.held, f"{name}: the index is not the truth"
+            bit, words = core.index.add(name), f"{name}: the index is not the truth"
+            assert core.index.known_blocks(name) == len(worker.held), words
+            assert all(next(core.index.reach([k], bit)) == (1, bit) for k in worker.held), words
             assert not core.members.get(name).load.bookings, f"{name}: bookings leaked"
         assert len(core.index) == len(set().union(*(w.held for w in living.values())))
         for name, worker in living.items():
