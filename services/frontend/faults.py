@@ -7,8 +7,9 @@ from services.runtime.errors import NoWorkersError, TandemError, by_reason
 FINAL = frozenset({"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "DEADLINE"})
 """Another worker would say the same."""
 
-FULL = frozenset({"ENGINE_OVERLOADED"})
-"""The worker is well, and will do once it has room: the coordinator knows to wait for that."""
+FULL = frozenset({"ENGINE_OVERLOADED", "ROLE_CHANGED"})
+"""The worker is well, and will do once it has room, or for the other half of the work: the
+coordinator knows to wait for that."""
 
 SOURCE = frozenset(
     {"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"}

@@ -149,6 +149,11 @@ class Patience:
     silence_seconds: float
     stall_seconds: float
 
+    @property
+    def look_seconds(self) -> float:
+        """How often to look at least, while something may be owed."""
+        return min(self.silence_seconds, self.stall_seconds) / 2
+
     def judge(self, debt: Debt, heard: Heard, awake_since: float, now: float) -> Verdict:
         """Whether the worker is to be waited for, and until when without another look."""
         begun = max(debt.since, awake_since)

@@ -33,7 +33,7 @@ class Watch:
         self._clock = clock
         self._feed = feed
         self._loop = asyncio.get_running_loop()
-        self._wait(clock() + patience.silence_seconds / 2)
+        self._wait(clock() + patience.look_seconds)
 
     def stop(self) -> None:
         """Ends it."""
@@ -44,8 +44,7 @@ class Watch:
 
     def _look(self, due: float) -> None:
         self._awake.due(due)
-        half = self._patience.silence_seconds / 2
-        again_at = self._clock() + half
+        again_at = self._clock() + self._patience.look_seconds
         for debt in self._core.owing:
             verdict = self._judge(debt)
             again_at = min(again_at, verdict.again_at)
@@ -54,7 +53,7 @@ class Watch:
                 away = verdict.unreachable
                 self._feed(WorkerFailed(debt.attempt, debt.role, error, away, ended=False))
         if self._core.state is not State.ENDED:
-            self._wait(max(again_at, self._clock() + half / 10))
+            self._wait(again_at)
 
     def _judge(self, debt: Debt) -> Verdict:
         address, workers = debt.worker.address, self._workers
