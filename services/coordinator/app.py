@@ -31,6 +31,7 @@ async def serve(
         queue_limit=own.queue_limit,
         local_prefill_tokens=own.local_prefill_tokens,
         worker_wait_seconds=own.worker_wait_seconds,
+        rebalance_seconds=own.rebalance_seconds,
         experts=ExpertRules(
             plan_seconds=own.expert_plan_seconds,
             tokens_each=own.expert_tokens_each,

@@ -26,7 +26,7 @@ A look walks over the pool's workers; there are LOOKS of them in the time of rul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from services.coordinator.core.membership import Worker
@@ -147,11 +147,17 @@ class Balance:
         self._asked: dict[str, float] = {}
 
     def review(
-        self, pools: Iterable[Pool], queued: Mapping[str, Queued], now: float, *, decides: bool
+        self,
+        pools: Iterable[Pool],
+        queued: Callable[[str], Queued],
+        now: float,
+        *,
+        decides: bool,
     ) -> list[AskRole]:
         """Looks, if it is time to: who should change its role, one worker of a pool at most.
 
-        Of several coordinators one decides; the others look too, so that any may come to.
+        `queued` tells what waits for a model. Of several coordinators one decides; the others look
+        too, so that any may come to.
         """
         if not self._seconds or now - self._looked < self._seconds / LOOKS:
             return []
@@ -161,7 +167,7 @@ class Balance:
         asks: list[AskRole] = []
         for pool in pools:
             key = (pool.model, pool.kv_layout)
-            figures = figures_of(pool, queued.get(pool.model, Queued()))
+            figures = figures_of(pool, queued(pool.model))
             watch = before.get(key) or _Watch(figures.need, now)
             self._watches[key] = watch
             self._look(watch, figures, now)

@@ -59,7 +59,9 @@ class Rig:
 
     def look(self, *, decides=True):
         self.now += 1.0
-        return self.balance.review([self.pool], {"m": self.queued}, self.now, decides=decides)
+        return self.balance.review(
+            [self.pool], lambda model: self.queued, self.now, decides=decides
+        )
 
     def watch(self, seconds: int, **more):
         """Everything asked in that time."""
@@ -217,7 +219,6 @@ class Fluid:
         self.waiting -= placed
         self.in_prefill += placed
         done = min(self.in_prefill, able)
-        idle = self.in_prefill - done < 1e-6
         self.in_prefill -= done
         self.decoding += done - self.decoding / self.generating_seconds
         busy = done / able
@@ -230,7 +231,7 @@ class Fluid:
                 part = share[name] * LIMIT / room
                 requests += self.in_prefill * part
                 queued = self.in_prefill * self.prompt * part
-                queued = 1.0 if idle and turn < busy else queued
+                queued = max(queued, float(turn < busy))
             if name in decode:
                 requests += (self.in_prefill + self.decoding) * share[name] * LIMIT / places
             rig.report(number, requests=round(requests), queued=round(queued))
