@@ -43,7 +43,7 @@ ATTEMPTS_REMEMBERED = 1 << 16
 frees capacity with the worker's next report instead of at once."""
 
 SWEPT_AT_ONCE = 1 << 18
-"""Places of the index that a tick looks at for blocks of workers that are gone: half a millisecond."""
+"""Places of the index that a tick looks at for blocks that nobody holds any more."""
 
 WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING", "ROLE_CHANGED"})
 """Failures by which a worker says that it takes nothing now."""
