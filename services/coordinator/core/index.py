@@ -151,17 +151,19 @@ class PrefixIndex:
             if some:
                 yield low, some
 
-    def in_pool(self, worker: str, keys: Sequence[bytes]) -> int:
-        """Of keys that the worker holds, how many leading ones are in its pool, not only lower.
+    def in_pool(self, worker: str, keys: Sequence[bytes], held: int) -> int:
+        """Of the first `held` keys, which the worker holds, how many are in its pool.
 
-        Costs nothing for a worker without tiers, else about log2(len(keys)) lookups.
+        The others, further on, are only in a tier. Costs nothing for a worker without tiers, else
+        about log2(held) lookups.
         """
         lower = self._workers[worker].lower
         if not lower:
-            return len(keys)
-        low, high = 0, len(keys)
+            return held
+        low, high = 0, held
         while low < high:
-            middle = (low + high + 1) // 2
+            # Most are all in the pool.
+            middle = (low + high + 1) // 2 if high < held else held
             if self._holders(keys, middle - 1) & lower:
                 high = middle - 1
             else:
