@@ -14,6 +14,7 @@ after its booking was covered is credited against the last report, until the nex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.coordinator.core.messages import WorkerInfo, WorkerStats
@@ -21,7 +22,7 @@ from services.coordinator.core.ranks import (
     NOMINAL_STEP,
     Rank,
     StepCost,
-    choose,
+    best,
     imbalance,
     rank_stats,
     ranks_of,
@@ -85,13 +86,24 @@ class Load:
         return blocks <= self.fit_blocks
 
     def choose_rank(self, blocks: int, cost: StepCost = NOMINAL_STEP) -> int | None:
-        """The rank that such a request makes the worker's steps least longer on; None: none fits.
+        """The rank whose step is shortest with such a request on it; None if none fits it.
 
-        Of equal ones those take turns.
+        That is also where the request makes the worker's steps least longer, since they are as long
+        as the longest. It costs the same on each. Of equals: fewest prompt tokens queued, then in
+        turn.
         """
+        return self._best(
+            blocks, lambda rank: (cost.seconds(rank.requests, rank.kv_tokens), rank.queued_tokens)
+        )
+
+    def prompt_rank(self, blocks: int) -> int | None:
+        """The rank where a prompt's turn comes soonest: fewest prompt tokens queued, then batch."""
+        return self._best(blocks, lambda rank: (rank.queued_tokens, rank.requests))
+
+    def _best(self, blocks: int, price: Callable[[Rank], tuple[float, float]]) -> int | None:
         if not self.fits(blocks):
             return None
-        return 0 if len(self.ranks) == 1 else choose(self.ranks, blocks, self._turn, cost)
+        return 0 if len(self.ranks) == 1 else best(self.ranks, blocks, self._turn, price)
 
     def book(self, attempt: AttemptId, booking: Booking) -> None:
         """Counts a decision. A second one for the same attempt takes the first one's place."""

@@ -25,6 +25,7 @@ from services.coordinator.core.outlook import foresee_prompt, foresee_tokens, le
 from services.coordinator.core.paths import route
 from services.coordinator.core.pools import Pool
 from services.coordinator.core.predict import unattainable
+from services.coordinator.core.ranks import NOMINAL_STEP
 from services.coordinator.core.scoring import (
     DECODE,
     NEAR,
@@ -34,6 +35,14 @@ from services.coordinator.core.scoring import (
     pick,
     score,
 )
+
+REMEMBERED = 4
+"""Workers of a role with room that are remembered of a decision, the best ones."""
+
+_NAMES = {
+    Role.DECODE: tuple(scorer.__name__ for scorer, _ in DECODE),
+    Role.PREFILL: tuple(scorer.__name__ for scorer, _ in PREFILL),
+}
 
 LOCAL_GAIN_SECONDS = 0.05
 """A prompt that is longer than `local_prefill_tokens` is computed on the decode worker only if that
@@ -136,12 +145,14 @@ class Placer:
             why = f"no decode worker of {want.model} is predicted to keep {limit:g} ms a token"
             return Blocked(why, everyone=False)
         decode, seen = self._best(quick, DECODE, Role.DECODE)
+        foresee_prompt(self._view.predictor, decode)
         return self._prompt_for(one, decode, seen)
 
     def _foresee_decode(self, candidate: Candidate) -> None:
-        candidate.rank = candidate.worker.load.choose_rank(candidate.blocks) or 0
+        worker = candidate.worker
+        cost = self._view.predictor.step_cost(worker.worker_id) or NOMINAL_STEP
+        candidate.rank = worker.load.choose_rank(candidate.blocks, cost) or 0
         foresee_tokens(self._view.predictor, candidate)
-        foresee_prompt(self._view.predictor, candidate)
 
     def _quick_enough(self, one: _Try, found: Field) -> list[Candidate]:
         limit = one.want.itl_seconds
@@ -183,7 +194,7 @@ class Placer:
         A prompt's steps are long, and every request in the batch waits for each of them: so its
         time counts once more for a full batch.
         """
-        if not (decode.forecast.prompt_seconds and prefill.forecast.prompt_seconds):
+        if not (decode.known_seconds and prefill.known_seconds):
             return 0.0
         load = decode.worker.load
         alone = decode.prompt_seconds * (1 + min(1.0, load.requests / load.limit))
@@ -216,7 +227,7 @@ class Placer:
         if not choice:
             return None
         for candidate in choice:
-            candidate.rank = candidate.worker.load.choose_rank(candidate.blocks) or 0
+            candidate.rank = candidate.worker.load.prompt_rank(candidate.blocks) or 0
             foresee_prompt(self._view.predictor, candidate)
         return self._best(choice, PREFILL, Role.PREFILL)
 
@@ -224,23 +235,28 @@ class Placer:
         self, candidates: Sequence[Candidate], weights: Weights, role: Role
     ) -> tuple[Candidate, tuple[Considered, ...]]:
         """The one picked, and the best of those it was picked from."""
-        scored = [(score(c, weights), c) for c in candidates]
-        best = pick(scored, self._draw)
-        order = sorted(scored, key=lambda one: (one[1] is not best[1], -one[0]))
+        parts = [score(c, weights) for c in candidates]
+        scored = [(sum(adds), c) for adds, c in zip(parts, candidates, strict=True)]
+        best = pick(scored, self._draw)[1]
+        order = sorted(
+            zip(scored, parts, strict=True), key=lambda one: (one[0][1] is not best, -one[0][0])
+        )
+        names = _NAMES[role]
         seen = tuple(
             Considered(
-                worker_id=c.worker.worker_id,
-                role=role,
-                chosen=c is best[1],
-                score=total,
-                scores=tuple((scorer.__name__, w * scorer(c)) for scorer, w in weights),
-                cached_tokens=c.cached_tokens,
-                prompt_seconds=c.prompt_seconds,
-                dp_rank=c.rank,
+                c.worker.info.worker_id,
+                role,
+                c is best,
+                "",
+                total,
+                tuple(zip(names, adds, strict=True)),
+                c.cached_tokens,
+                c.prompt_seconds,
+                c.rank,
             )
-            for total, c in order[:CONSIDERED]
+            for (total, c), adds in order[:REMEMBERED]
         )
-        return best[1], seen
+        return best, seen
 
     # The answer
 
@@ -267,7 +283,7 @@ class Placer:
             tuple(words),
             prefix,
             (*seen, *out[: 2 * CONSIDERED]),
-            runner.forecast.ttft_seconds,
+            runner.known_seconds,
             decode.itl_seconds,
         )
 

@@ -10,7 +10,7 @@ up, and of `total_blocks` KV blocks it has the n-th part, rounded down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from services.coordinator.core.messages import RankStats, WorkerInfo, WorkerStats
@@ -109,24 +109,24 @@ def rank_stats(info: WorkerInfo, stats: WorkerStats) -> Sequence[RankStats]:
     return [RankStats(*(-(-(n - i) // count) if n > i else 0 for n in whole)) for i in range(count)]
 
 
-def choose(ranks: Sequence[Rank], blocks: int, first: int, cost: StepCost) -> int | None:
-    """The rank whose step is shortest with a request of `blocks` KV blocks; None if none has room.
+def best(
+    ranks: Sequence[Rank], blocks: int, first: int, price: Callable[[Rank], tuple[float, float]]
+) -> int | None:
+    """The rank of least price of those with room for a request of `blocks`; None if none has it.
 
-    That is also the one on which the request makes the worker's step least longer, since a step is
-    as long as the longest. The request itself costs the same on each. Of equals: fewest prompt
-    tokens queued, then the first from `first` on.
+    Of equals the first one from `first` on.
     """
     count = len(ranks)
-    best, least = None, (0.0, 0)
+    found, least = None, (0.0, 0.0)
     for turn in range(count):
         number = (first + turn) % count
         rank = ranks[number]
         if rank.room == 0 or rank.free_blocks < blocks:
             continue
-        seconds = cost.seconds(rank.requests, rank.kv_tokens)
-        if best is None or (seconds, rank.queued_tokens) < least:
-            best, least = number, (seconds, rank.queued_tokens)
-    return best
+        asked = price(rank)
+        if found is None or asked < least:
+            found, least = number, asked
+    return found
 
 
 def imbalance(ranks: Sequence[Rank], cost: StepCost) -> float:

@@ -60,6 +60,20 @@ def test_of_equal_ranks_the_one_with_fewer_prompt_tokens_queued_is_chosen():
     assert worker.choose_rank(1) == 1
 
 
+def test_a_prompt_goes_where_fewest_prompt_tokens_are_queued():
+    many = m.RankStats(running=5, free_blocks=50, kv_tokens=500, queued_tokens=300)
+    huge = m.RankStats(running=1, free_blocks=50, kv_tokens=100, queued_tokens=30_000)
+    worker = load(many, huge)
+    assert (worker.prompt_rank(5), worker.choose_rank(5)) == (0, 1)
+    assert worker.prompt_rank(51) is None
+    idle = load(IDLE, IDLE)
+    ranks = []
+    for n in range(3):
+        ranks.append(idle.prompt_rank(2))
+        idle.book((str(n), 0), Booking(0.0, 2, 1000 * n, ranks[-1]))
+    assert ranks == [0, 1, 0], "what is queued on 0 has no tokens to compute"
+
+
 def test_a_request_has_to_fit_one_rank():
     roomy = m.RankStats(running=10, free_blocks=90)  # 8 in the batch, 2 that prepare to join
     full = m.RankStats(running=4, free_blocks=3)
