@@ -97,22 +97,17 @@ def find(
             found.out.append(Considered(worker.worker_id, role, rejected=worker.avoided))
     cached = _cached_keys(view.index, want, usable)
     last = view.sessions.last(want.tenant, want.session)
-    costs = [w.info.cost for w in usable.values() if w.info.cost > 0]
-    cheapest = min(costs, default=0.0)
+    cheapest = min((w.info.cost for w in usable.values() if w.info.cost > 0), default=0.0)
+    tokens = want.context_tokens
     for name, worker in usable.items():
-        held = cached.get(name, 0) * worker.info.block_tokens
-        candidate = Candidate(
-            worker=worker,
-            context_tokens=want.context_tokens,
-            cached_tokens=min(want.context_tokens, held),
-            blocks=worker.info.blocks_for(want.context_tokens + 1),
-            beside=beside,
-            round_trip_seconds=view.regions.round_trip(want.region, worker.info.region),
-            adapter_here=not want.adapter or want.adapter in worker.load.stats.adapters,
-            last_of_session=name == last,
-            cheapest=cheapest,
-        )
-        found.candidates.append(candidate)
+        info = worker.info
+        held = min(tokens, cached.get(name, 0) * info.block_tokens)
+        one = Candidate(worker, tokens, held, info.blocks_for(tokens + 1), beside)
+        one.round_trip_seconds = view.regions.round_trip(want.region, info.region)
+        one.adapter_here = not want.adapter or want.adapter in worker.load.stats.adapters
+        one.last_of_session = name == last
+        one.cheapest = cheapest
+        found.candidates.append(one)
     return found
 
 
@@ -126,13 +121,15 @@ def _shortlist(
         for worker in islice((w for w in workers if fits(w, want)), limit):
             some[worker.worker_id] = worker
 
-    names = islice(_holders(view.index, want, side.bits), 4 * SHORTLIST)
-    for worker in (side.up[name] for name in names):
+    for name in islice(_holders(view.index, want, side.bits), 4 * SHORTLIST):
+        worker = side.up[name]
         why = barred(worker, want) or full(worker, want)
-        if not why and len(some) < SHORTLIST:
-            some[worker.worker_id] = worker
-        elif why and len(found.out) < REJECTED:
-            found.out.append(Considered(worker.worker_id, role, rejected=why))
+        if not why:
+            some[name] = worker
+            if len(some) == SHORTLIST:
+                break
+        elif len(found.out) < REJECTED:
+            found.out.append(Considered(name, role, rejected=why))
     last = side.up.get(view.sessions.last(want.tenant, want.session))
     if last is not None:
         take(iter((last,)), 1)

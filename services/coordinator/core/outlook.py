@@ -22,21 +22,24 @@ def kind_of(worker: Worker) -> Hashable:
 def foresee_prompt(predictor: Predictor, candidate: Candidate) -> None:
     """Fills in when the candidate would have the prompt done, and its KV at the decode worker."""
     worker, sink = candidate.worker, candidate.beside
+    uncached = candidate.uncached_tokens
     prompt = Prompt(
-        worker.worker_id,
+        worker.info.worker_id,
         worker.load.queued_tokens,
-        candidate.uncached_tokens,
-        candidate.context_tokens - candidate.uncached_tokens,
+        uncached,
+        candidate.context_tokens - uncached,
     )
-    known = predictor.prompt_seconds(prompt)
-    transfer = 0.0
-    if sink is not None and sink is not worker:
-        size = worker.info.kv_block_bytes * worker.info.blocks_for(candidate.context_tokens)
-        transfer = predictor.sink(sink.worker_id).seconds(size, route(worker.info, sink.info))
-    nominal = (prompt.queued_tokens + prompt.tokens) / NOMINAL_TOKENS_PER_SECOND
-    candidate.prompt_seconds = known or nominal
-    candidate.transfer_seconds = transfer
-    candidate.forecast = Forecast(prompt, prompt_seconds=known)
+    candidate.prompt = prompt
+    candidate.known_seconds = predictor.prompt_seconds(prompt)
+    nominal = (prompt.queued_tokens + uncached) / NOMINAL_TOKENS_PER_SECOND
+    candidate.prompt_seconds = candidate.known_seconds or nominal
+    if sink is not None:
+        way = route(worker.info, sink.info)
+        candidate.path = way.path
+        size = worker.info.kv_block_bytes * candidate.blocks
+        if size:
+            rates = predictor.sink(sink.info.worker_id)
+            candidate.transfer_seconds = rates.seconds(size, way)
 
 
 def foresee_tokens(predictor: Predictor, candidate: Candidate) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.coordinator.core.membership import Worker
-from services.coordinator.core.paths import Path, route
-from services.coordinator.core.predict import Forecast
+from services.coordinator.core.paths import Path
+from services.coordinator.core.predict import Forecast, Prompt
 
 HALF_RTT_SECONDS = 0.05
 """Round trip to the frontend that is worth half of none."""
@@ -55,13 +55,22 @@ class Candidate:
     """It had the session's last request."""
     cheapest: float = 0.0
     """What the cheapest worker of the pool costs."""
-    forecast: Forecast = Forecast()  # noqa: RUF009 - frozen
-    """Of its first token, if it computes the prompt."""
+    prompt: Prompt | None = None
+    """What it would compute."""
+    known_seconds: float = 0.0
+    """`prompt_seconds` if it rests on something measured, else 0."""
+    path: Path | None = None
+    """The way of its KV to `beside`."""
 
     @property
     def uncached_tokens(self) -> int:
         """Tokens to compute: at least the last one, whose logits are wanted."""
         return max(1, self.context_tokens - self.cached_tokens)
+
+    @property
+    def forecast(self) -> Forecast:
+        """Of the first token, if it computes the prompt."""
+        return Forecast(self.prompt, prompt_seconds=self.known_seconds)
 
 
 Scorer = Callable[[Candidate], float]
@@ -95,9 +104,7 @@ def handover(candidate: Candidate) -> float:
 
 def nearness(candidate: Candidate) -> float:
     """How direct the way to the decode worker is: see NEAR."""
-    if candidate.beside is None:
-        return 0.0
-    return NEAR[route(candidate.worker.info, candidate.beside.info).path]
+    return 0.0 if candidate.path is None else NEAR[candidate.path]
 
 
 def swiftness(candidate: Candidate) -> float:
@@ -153,12 +160,9 @@ PREFILL: Weights = (
 )
 
 
-def score(candidate: Candidate, weights: Weights) -> float:
-    """The weighted sum."""
-    total = 0.0
-    for scorer, weight in weights:
-        total += weight * scorer(candidate)
-    return total
+def score(candidate: Candidate, weights: Weights) -> list[float]:
+    """What each scorer adds to the candidate's score, in the order of the weights."""
+    return [weight * scorer(candidate) for scorer, weight in weights]
 
 
 def pick(

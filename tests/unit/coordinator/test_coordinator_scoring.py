@@ -11,6 +11,7 @@ from services.coordinator.core import scoring
 from services.coordinator.core.feed import KvFeed
 from services.coordinator.core.load import Booking, Load
 from services.coordinator.core.membership import Worker
+from services.coordinator.core.paths import route
 from services.coordinator.core.regions import OTHER_REGION_SECONDS, Regions
 
 
@@ -96,8 +97,8 @@ class TestScorers:
 class TestDistances:
     def test_nearness_follows_the_path(self):
         def near(source, sink):
-            beside = worker("sink", info=sink)
-            return scoring.nearness(candidate(info=source, beside=beside))
+            path = route(worker("source", info=source).info, worker("sink", info=sink).info).path
+            return scoring.nearness(candidate(path=path))
 
         assert near({"host": "a"}, {"host": "a"}) == 1.0
         assert near({"host": "a"}, {"host": "b"}) < 1.0
@@ -113,7 +114,7 @@ class TestDistances:
 
 class TestPick:
     def pick(self, some, draw=lambda: 0.0):
-        return scoring.pick([(scoring.score(c, scoring.DECODE), c) for c in some], draw)[1]
+        return scoring.pick([(sum(scoring.score(c, scoring.DECODE)), c) for c in some], draw)[1]
 
     def test_the_best_wins(self):
         busy, idle = candidate("busy", stats={"running": 7}), candidate("idle")
