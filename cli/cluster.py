@@ -54,7 +54,7 @@ class _Member:
 class LocalCluster:
     """An async context manager: `async with LocalCluster(prefill=1, decode=1) as cluster`.
 
-    Processes are "coordinator", "frontend", "prefill-0"..., "decode-0"...; worker ids are
+    Processes are "coordinator", "frontend", "prefill-0", "decode-0", "both-0"...; worker ids are
     these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
     them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
     unless asked for; coordinator and frontend keep theirs when restarted. `restart` brings dead
@@ -69,6 +69,7 @@ class LocalCluster:
         *,
         prefill: int = 1,
         decode: int = 1,
+        both: int = 0,
         settings: Mapping[str, str] | None = None,
         own: Mapping[str, Mapping[str, str]] | None = None,
         config: Path | None = None,
@@ -85,7 +86,7 @@ class LocalCluster:
         self._on_event = on_event
         self._settings = dict(settings or {})
         self._own = dict(own or {})
-        self._drain_seconds = self._settle(prefill + decode)
+        self._drain_seconds = self._settle(prefill + decode + both)
         self._passing_logs = logs is None
         self.logs = logs or Path(tempfile.mkdtemp(prefix="tandem-logs-"))
         """Folder with one log a process. If it was not asked for, a good end removes it."""
@@ -94,6 +95,7 @@ class LocalCluster:
             _Member("frontend", "frontend", {"server.port": str(frontend_port)}),
             *(_Member(f"prefill-{i}", "prefill", {"server.port": "0"}) for i in range(prefill)),
             *(_Member(f"decode-{i}", "decode", {"server.port": "0"}) for i in range(decode)),
+            *(_Member(f"both-{i}", "both", {"server.port": "0"}) for i in range(both)),
         ]
         self._children: dict[str, Child] = {}
         self._addresses: dict[str, str] = {}
@@ -175,7 +177,7 @@ class LocalCluster:
         try:
             for name in list(self._supervisors):
                 await self._unsupervise(name)
-            for roles in (("frontend",), ("prefill", "decode"), ("coordinator",)):
+            for roles in (("frontend",), ("prefill", "decode", "both"), ("coordinator",)):
                 await asyncio.gather(*(self._end(m) for m in self._members if m.role in roles))
         finally:
             await self.kill_all()

@@ -169,7 +169,8 @@ def serve(
 @app.command()
 def up(
     prefill: Prefill = 1,
-    decode: Decode = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Decode workers.")] = 1,
+    both: Annotated[int, typer.Option(min=0, help="Workers that are both.")] = 0,
     model: Model = None,
     port: Annotated[
         int | None, typer.Option(help="Of the frontend. Default: 7400; 0 takes a free one.")
@@ -195,6 +196,7 @@ def up(
 
     \b
     tandem up --prefill 2 --decode 2
+    tandem up --prefill 1 --decode 2 --set worker.can_be=prefill,decode
     tandem up --model ~/models/Llama-3.2-1B --set engine.kv_memory_mib=2048
     tandem up --engine scripted --set engine.scripted_step_seconds=0.02
     tandem up --transport nixl
@@ -206,6 +208,8 @@ def up(
         from cli.up import up as run_up
         from services.runtime import process
 
+        if not decode + both:
+            raise typer.BadParameter("some worker has to decode: --decode or --both")
         file = flags.config(config, os.environ)
         frontend, coordinator = flags.ports(file, os.environ)
         chosen = flags.texts(sets, model, engine, transport)
@@ -213,6 +217,7 @@ def up(
         plan = Plan(
             prefill=prefill,
             decode=decode,
+            both=both,
             settings=chosen,
             config=file,
             port=frontend if port is None else port,

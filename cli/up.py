@@ -24,6 +24,7 @@ class Plan:
 
     prefill: int
     decode: int
+    both: int
     settings: Mapping[str, str]
     config: Path | None
     port: int
@@ -45,6 +46,7 @@ async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
     cluster = LocalCluster(
         prefill=plan.prefill,
         decode=plan.decode,
+        both=plan.both,
         settings=plan.settings,
         config=plan.config,
         frontend_port=plan.port,
