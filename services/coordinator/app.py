@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from services.coordinator.core.core import Core, Rules
 from services.coordinator.core.expert_plans import ExpertRules
 from services.coordinator.service import CoordinatorServicer, Driver, WorkerRegistryServicer
+from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import CoordinatorProcess
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
@@ -44,10 +45,11 @@ async def serve(
     )
     core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
     driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")
+    listing = directory(settings.directory, None)
     server = Server(settings.server, "coordinator")
     server.add(
         pb_grpc.add_CoordinatorServiceServicer_to_server,
-        CoordinatorServicer(driver),
+        CoordinatorServicer(driver, lambda: [a for a in listing.coordinators if a != address]),
         "tandem.coordinator.v1.CoordinatorService",
     )
     server.add(
@@ -55,7 +57,9 @@ async def serve(
         WorkerRegistryServicer(driver),
         "tandem.coordinator.v1.WorkerRegistryService",
     )
-    ready(await server.start())
+    address = await server.start()
+    listing.join(Member(Kind.COORDINATOR, driver.coordinator_id, address))
+    ready(address)
     clock = asyncio.create_task(driver.run_clock(min(TICK_SECONDS, own.lease_seconds / 6)))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -66,6 +70,7 @@ async def serve(
     finally:
         stopping.cancel()
         clock.cancel()
+        await listing.close()
         driver.stop()
         await server.stop(STOP_SECONDS)
         with contextlib.suppress(asyncio.CancelledError):

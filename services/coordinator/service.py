@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -140,10 +140,11 @@ class Driver:
 
 
 class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
-    """Decisions for frontends."""
+    """Decisions for frontends. `peers`: addresses of the other coordinators that are known."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, peers: Callable[[], Sequence[str]] = tuple) -> None:
         self._driver = driver
+        self._peers = peers
 
     async def Place(self, request: pb.PlaceRequest, context: _Context) -> pb.PlaceResponse:  # noqa: N802
         """See coordinator.proto."""
@@ -172,7 +173,9 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
     ) -> pb.GetStatusResponse:
         """See coordinator.proto."""
         driver = self._driver
-        return wire.status_to(driver.core, driver.coordinator_id, driver.clock())
+        status = wire.status_to(driver.core, driver.coordinator_id, driver.clock())
+        status.peers.extend(self._peers())
+        return status
 
     async def Explain(  # noqa: N802
         self, request: pb.ExplainRequest, context: _Context
