@@ -246,10 +246,11 @@ class Queue:
         if entry is None:
             return None
         lane = self._lanes[entry.request.model]
-        if now > lane.mark or len(lane.entries) > 1:
+        alone = len(lane.entries) == 1
+        if now > lane.mark or not alone:
             self._paces.setdefault(entry.request.model, _Pace()).count(now - lane.mark)
             lane.mark = now
-        for other in self.head(entry.request.model, now):
+        for other in () if alone else self.head(entry.request.model, now):
             if other is entry:
                 break
             other.overtaken += 1
