@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
 from kvtransfer.memory import NONCE_BYTES, Segment
-from kvtransfer.news import ChangeLog, ChangeLogs, StoreEvents
+from kvtransfer.news import ChangeLog, ChangeLogs, StoreEvents, Where
 from kvtransfer.pieces import PieceGrid
 from kvtransfer.pool import BlockPool
 from kvtransfer.scratch import SCRATCH_BYTES, Scratch, SegmentPlan
@@ -180,10 +180,10 @@ class BlockStore:
             if self._ready[block] != self.grid.all:
                 raise ValueError(f"block {block} is not complete")
             key = self._pool.key(block)
-            known = key is not None and self._announced(key)
+            before = Where.NOWHERE if key is None else self._where(key)
             entered = self._pool.commit(block)
-            if entered and key is not None and not known:
-                self._log.note([key], stored=True)
+            if entered and key is not None:
+                self._log.note(key, before, Where.POOL)
         if entered:
             self._changed()
         return entered
@@ -233,7 +233,7 @@ class BlockStore:
         with self._lock:
             if self._books is None:
                 return
-            before = {key: self._announced(key) for key in levels}
+            before = {key: self._where(key) for key in levels}
             found = {key: self._pool.find(key) for key in levels}
             blocks = {
                 key: (block, self._pool.references(block) > 0)
@@ -241,12 +241,9 @@ class BlockStore:
                 if block is not None
             }
             self._books.set_levels(levels, blocks)
-            after = {key: self._announced(key) for key in levels}
-            pushed_out = [k for k in self._books.take_unannounced() if k not in levels]
-            self._log.note([k for k in levels if after[k] > before[k]], stored=True)
-            self._log.note([k for k in levels if after[k] < before[k]], stored=False)
-            self._log.note(pushed_out, stored=False)
-        if after != before or pushed_out:
+            pushed_out = dict.fromkeys(self._books.take_unannounced(), Where.LOWER)
+            changed = self._note(pushed_out | before)
+        if changed:
             self._changed()
 
     def in_tiers(self, keys: Sequence[bytes]) -> int:
@@ -259,8 +256,8 @@ class BlockStore:
     def events(self, log: ChangeLog | None = None) -> StoreEvents:
         """Changes since the last call of the keys announced. For one consumer, or for each `log`.
 
-        These are the pool's, and the latest of those that only a tier has. They are net changes;
-        the first answer is a snapshot.
+        These are the pool's, and as lower ones the latest of those that only a tier has. They are
+        net changes; the first answer is a snapshot.
         """
         with self._lock:
             return (log or self._own_log).drain(self._keys)
@@ -306,18 +303,30 @@ class BlockStore:
     def _in_tier(self, key: bytes) -> bool:
         return self._books is not None and key in self._books
 
-    def _announced(self, key: bytes) -> bool:
+    def _where(self, key: bytes) -> Where:
+        """As far as it is announced: only the latest of the tiers' keys are."""
+        if self._pool.find(key) is not None:
+            return Where.POOL
         tiered = self._books is not None and key in self._books.announced
-        return tiered or self._pool.find(key) is not None
+        return Where.LOWER if tiered else Where.NOWHERE
 
-    def _keys(self) -> Iterable[bytes]:
-        return [*self._pool.keys(), *(() if self._books is None else self._books.announced)]
+    def _keys(self) -> dict[Where, Iterable[bytes]]:
+        lower = () if self._books is None else self._books.announced
+        return {Where.POOL: self._pool.keys(), Where.LOWER: lower}
 
     def _note_removed(self, keys: Iterable[bytes]) -> None:
         """Keys left the pool's index, and may have pushed others out of what is announced."""
-        if self._books is not None:
-            keys = dict.fromkeys((*keys, *self._books.take_unannounced()))
-        self._log.note([k for k in keys if not self._announced(k)], stored=False)
+        pushed_out = () if self._books is None else self._books.take_unannounced()
+        self._note(dict.fromkeys(pushed_out, Where.LOWER) | dict.fromkeys(keys, Where.POOL))
+
+    def _note(self, before: Mapping[bytes, Where]) -> bool:
+        """Notes where keys are that were there; whether any is elsewhere now."""
+        changed = False
+        for key, was in before.items():
+            now = self._where(key)
+            changed = changed or now is not was
+            self._log.note(key, was, now)
+        return changed
 
     # And these without.
 

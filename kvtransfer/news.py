@@ -1,18 +1,35 @@
-"""What changed in the set of cached keys since a consumer last asked. Books only."""
+"""What changed of where cached keys are since a consumer last asked. Books only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import enum
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+
+class Where(enum.Enum):
+    """Where the block of a key is, for those who are told."""
+
+    POOL = "in the pool"
+    LOWER = "only in a tier under it"
+    NOWHERE = "in neither"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreEvents:
-    """Changes of the set of cached keys; with `snapshot`, `stored` is the whole of it."""
+    """Where keys are that were elsewhere; with `snapshot`, those in no list are nowhere."""
 
     stored: tuple[bytes, ...] = ()
+    """In the pool."""
     removed: tuple[bytes, ...] = ()
+    """Nowhere."""
     snapshot: bool = False
+    lower: tuple[bytes, ...] = ()
+    """Only in a tier."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.stored or self.removed or self.lower or self.snapshot)
 
 
 class ChangeLog:
@@ -23,30 +40,35 @@ class ChangeLog:
     """
 
     def __init__(self) -> None:
-        self._changes: dict[bytes, bool] | None = None
+        self._changes: dict[bytes, tuple[Where, Where]] | None = None
+        """From, to; the two differ."""
 
-    def note(self, keys: Iterable[bytes], *, stored: bool) -> None:
-        """Keys were stored, or removed."""
-        if self._changes is None:
+    def note(self, key: bytes, before: Where, after: Where) -> None:
+        """A key may have changed its place."""
+        if self._changes is None or before is after:
             return
-        for key in keys:
-            if self._changes.get(key, stored) is not stored:
-                del self._changes[key]  # It came and went, or went and came.
-            else:
-                self._changes[key] = stored
+        told = self._changes.pop(key, (before, before))[0]
+        if told is not after:  # Else it is back where it was.
+            self._changes[key] = (told, after)
 
     def restart(self) -> None:
         """The next answer is a snapshot."""
         self._changes = None
 
-    def drain(self, everything: Callable[[], Iterable[bytes]]) -> StoreEvents:
+    def drain(self, everything: Callable[[], Mapping[Where, Iterable[bytes]]]) -> StoreEvents:
         """The changes, once; `everything` gives all keys for a snapshot."""
         changes, self._changes = self._changes, {}
         if changes is None:
-            return StoreEvents(stored=tuple(everything()), snapshot=True)
+            held = everything()
+            stored, lower = tuple(held[Where.POOL]), tuple(held[Where.LOWER])
+            return StoreEvents(stored=stored, lower=lower, snapshot=True)
+        keys: dict[Where, list[bytes]] = {where: [] for where in Where}
+        for key, (_, after) in changes.items():
+            keys[after].append(key)
         return StoreEvents(
-            stored=tuple(k for k, stored in changes.items() if stored),
-            removed=tuple(k for k, stored in changes.items() if not stored),
+            stored=tuple(keys[Where.POOL]),
+            removed=tuple(keys[Where.NOWHERE]),
+            lower=tuple(keys[Where.LOWER]),
         )
 
 
@@ -66,10 +88,10 @@ class ChangeLogs:
         """Its consumer asks no more."""
         self._logs.remove(log)
 
-    def note(self, keys: Collection[bytes], *, stored: bool) -> None:
+    def note(self, key: bytes, before: Where, after: Where) -> None:
         """See ChangeLog."""
         for log in self._logs:
-            log.note(keys, stored=stored)
+            log.note(key, before, after)
 
     def restart(self) -> None:
         """See ChangeLog."""

@@ -310,13 +310,16 @@ def _messages(events: KvEvents) -> Iterator[pb.KvEvents]:
 
     A snapshot's first message says that it is one; the rest of it follows as changes.
     """
-    stored, removed = list(events.stored), list(events.removed)
+    keys = {name: list(getattr(events, name)) for name in ("removed", "lower", "stored")}
     snapshot = events.snapshot
-    while stored or removed or snapshot:
-        gone, removed = removed[:KEYS_IN_A_MESSAGE], removed[KEYS_IN_A_MESSAGE:]
-        space = KEYS_IN_A_MESSAGE - len(gone)
-        new, stored = stored[:space], stored[space:]
-        yield pb.KvEvents(snapshot=snapshot, stored=new, removed=gone)
+    while any(keys.values()) or snapshot:
+        message, space = pb.KvEvents(snapshot=snapshot), KEYS_IN_A_MESSAGE
+        for name, left in keys.items():
+            some = left[:space]
+            getattr(message, name).extend(some)
+            del left[:space]
+            space -= len(some)
+        yield message
         snapshot = False
 
 

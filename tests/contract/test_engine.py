@@ -687,7 +687,7 @@ async def test_blocks_on_disk_outlive_the_worker(new, tmp_path):
     again = await new(**tiered("disk", tmp_path))
     events = await anext(again.engine.kv_events())
     assert events.snapshot
-    assert len(events.stored) == 8
+    assert (len(events.stored), len(events.lower)) == (0, 8)
     assert await again.generate("a", prompt(57), GREEDY) == expected
     assert again.outputs["a"][0].kv.cached_tokens == 56
 
@@ -742,6 +742,55 @@ async def test_others_run_while_blocks_come_back_and_it_can_be_cancelled(new, tm
         assert await worker.generate("again", prompt(40), GREEDY) == expected
     finally:
         go_on.set()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+async def test_kv_events_tell_what_is_only_in_a_tier(new, tier, tmp_path):
+    """Those who place requests are to know of it, and that it is not the pool's."""
+    worker, where = await new(**tiered(tier, tmp_path)), {}
+
+    async def follow() -> None:
+        async for events in worker.engine.kv_events():
+            told = {
+                **dict.fromkeys(events.stored, "pool"),
+                **dict.fromkeys(events.lower, "lower"),
+                **dict.fromkeys(events.removed),
+            }
+            assert len(told) == len((*events.stored, *events.lower, *events.removed))
+            assert all(where.get(key) != now for key, now in told.items())
+            where.update(told)
+
+    following = asyncio.create_task(follow())
+    one, other = worker.keys(prompt(57)), worker.keys(prompt(60, 1))
+
+    def told(keys) -> list:
+        return [where.get(key) for key in keys]
+
+    await worker.generate("a", prompt(57), GREEDY)
+    await eventually(lambda: told(one) == ["pool"] * 7)
+    await copied(worker, 7)
+    await worker.generate("b", prompt(60, 1), GREEDY)
+    await eventually(lambda: told(other) == ["pool"] * 7)
+    # The first prompt's end went first; what is left of it in the pool is its start.
+    gone = told(one).index("lower")
+    assert told(one) == ["pool"] * gone + ["lower"] * (7 - gone)
+    assert None not in where.values()
+    await copied(worker, 14)
+    await worker.generate("again", prompt(57), GREEDY)
+    await eventually(lambda: told(one) == ["pool"] * 7)
+    everything = worker.engine._store.snapshot()
+    await eventually(
+        lambda: {k for k, now in where.items() if now == "lower"} == set(everything.lower)
+    )
+    # What a tier loses is nowhere, unless the pool has it.
+    lost = everything.lower[0]
+    worker.engine._store.tiers._chain.tiers[0].forget(lost)
+    await eventually(lambda: where[lost] is None)
+    worker.engine._store.tiers._chain.tiers[0].forget(one[0])
+    await worker.settled()
+    assert told(one) == ["pool"] * 7
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_a_damaged_block_in_a_tier_is_computed_again(new, tmp_path):

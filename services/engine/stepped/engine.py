@@ -259,8 +259,8 @@ class SteppedEngine:
             while not self._stopped:
                 self._kv_told = False
                 events = self._store.events(log)
-                if events.stored or events.removed or events.snapshot:
-                    yield KvEvents(events.stored, events.removed, events.snapshot)
+                if events:
+                    yield KvEvents(events.stored, events.removed, events.snapshot, events.lower)
                 await changed.wait()
                 changed.clear()
         finally:

@@ -201,11 +201,14 @@ async def test_a_large_cache_goes_in_messages_of_bounded_size(registry, monkeypa
         assert [p.snapshot for p in parts] == [True, False, False]
         assert [k for p in parts for k in p.stored] == engine.keys
         removed, stored = [key(n) for n in range(6)], [key(n) for n in range(20, 25)]
-        engine.changes.put_nowait(KvEvents(stored=tuple(stored), removed=tuple(removed)))
-        parts = [(await stream.next("kv_events")).kv_events for _ in range(3)]
+        lower = [key(n) for n in range(40, 47)]
+        engine.changes.put_nowait(KvEvents(tuple(stored), tuple(removed), lower=tuple(lower)))
+        parts = [(await stream.next("kv_events")).kv_events for _ in range(5)]
         assert [k for p in parts for k in p.removed] == removed
+        assert [k for p in parts for k in p.lower] == lower
         assert [k for p in parts for k in p.stored] == stored
-        assert all(len(p.removed) + len(p.stored) <= 4 for p in parts)
+        sizes = [len(p.removed) + len(p.lower) + len(p.stored) for p in parts]
+        assert sizes == [4, 4, 4, 4, 2]
 
 
 async def test_a_broken_stream_leads_to_a_new_one(registry):

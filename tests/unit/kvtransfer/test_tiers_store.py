@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from kvtransfer.endpoint import KvEndpoint
 from kvtransfer.errors import BlocksNotHeldError, OutOfBlocksError, WrongTenantError
 from kvtransfer.layout import gqa_layout
+from kvtransfer.news import StoreEvents
 from kvtransfer.store import KvStore
 from kvtransfer.tiers.build import open_tiers, shape_of
 from kvtransfer.tiers.disk import disk_tier
@@ -188,7 +189,8 @@ def test_a_block_written_over_by_mistake_is_found_out_on_the_way_back(store):
     store.release(store.allocate(8))
     assert asyncio.run(bring_back(store, tiers, KEYS[:3])) == 1
     assert store.stats().tiers[0].corrupt == 1
-    assert KEYS[1] not in store.snapshot().stored
+    held = store.snapshot()
+    assert KEYS[1] not in held.stored + held.lower
     store.check_integrity()
     tiers.close()
 
@@ -209,20 +211,30 @@ def test_the_tier_gets_what_it_dropped_once_it_is_used_again():
 
 def test_a_key_is_announced_as_long_as_the_pool_or_a_tier_has_it(store):
     tiers = with_host(store, 32)
+    tier = tiers._chain.tiers[0]
     cache(store, KEYS[:4])
     assert set(store.events().stored) == set(KEYS[:4])
     spill(tiers)
+    assert not store.events(), "a copy below changes nothing for who asks for blocks"
     store.release(store.allocate(8))
-    assert not store.events().removed
+    events = store.events()
+    assert set(events.lower) == set(KEYS[:4])
+    assert not events.removed
+    assert not events.stored
     assert asyncio.run(bring_back(store, tiers, KEYS[:4])) == 4
-    assert not store.events().stored, "they were never gone"
-    tiers._chain.tiers[0].forget(KEYS[0])
-    assert not store.events().removed
+    assert set(store.events().stored) == set(KEYS[:4])
+    tier.forget(KEYS[0])
+    assert not store.events()
     store.release(store.allocate(8))
-    assert store.events().removed == (KEYS[0],)
-    tiers._chain.tiers[0].forget(KEYS[1])
-    assert store.events().removed == (KEYS[1],)
-    assert set(store.snapshot().stored) == {KEYS[2], KEYS[3]}
+    assert store.events() == StoreEvents(removed=(KEYS[0],), lower=tuple(KEYS[3:0:-1]))
+    tier.forget(KEYS[1])
+    assert store.events() == StoreEvents(removed=(KEYS[1],))
+    held = store.snapshot()
+    assert (held.stored, set(held.lower)) == ((), {KEYS[2], KEYS[3]})
+    # There and back between two questions is nothing to tell of.
+    assert asyncio.run(bring_back(store, tiers, KEYS[2:3])) == 1
+    store.release(store.allocate(8))
+    assert not store.events()
     tiers.close()
 
 
@@ -234,16 +246,18 @@ def test_of_what_only_a_tier_has_the_latest_is_announced():
         cache(store, [key])
         spill(tiers)
     most = ANNOUNCED_SHARE * 2
-    assert set(store.snapshot().stored) == set(KEYS[10 - most : 12])
+    held = store.snapshot()
+    assert set(held.stored) == set(KEYS[10:12])
+    assert set(held.lower) == set(KEYS[10 - most : 10])
     # Used again, one is the latest: in the pool, and when it has left that.
     assert asyncio.run(bring_back(store, tiers, KEYS[:1])) == 1
-    events = store.events()
-    assert (events.stored, events.removed) == ((KEYS[0],), (KEYS[2],))
+    assert store.events() == StoreEvents(stored=(KEYS[0],), removed=(KEYS[2],), lower=(KEYS[10],))
     for key in KEYS[12:14]:
         cache(store, [key])
         spill(tiers)
     events = store.events()
     assert set(events.stored) == set(KEYS[12:14])
+    assert set(events.lower) == {KEYS[0], KEYS[11]}
     assert set(events.removed) == set(KEYS[3:5])
     # All are found nevertheless.
     assert store.in_tiers(KEYS[:14]) == 14
@@ -260,7 +274,7 @@ def test_of_a_large_disk_the_latest_is_announced_after_a_start(tmp_path):
     tiers.close()
     store = store_of(1)
     tiers = open_tiers(store, "n", disk_bytes=2**20, folder=str(tmp_path))
-    assert store.events().stored == tuple(order[-ANNOUNCED_SHARE:])
+    assert store.events() == StoreEvents(lower=tuple(order[-ANNOUNCED_SHARE:]), snapshot=True)
     store.check_integrity()
     tiers.close()
 
@@ -362,7 +376,7 @@ def test_blocks_on_disk_are_announced_after_a_start(tmp_path):
         if round_:
             events = store.events()
             assert events.snapshot
-            assert set(events.stored) == set(KEYS[:5])
+            assert (events.stored, set(events.lower)) == ((), set(KEYS[:5]))
             assert asyncio.run(bring_back(store, tiers, KEYS[:5])) == 5
         else:
             cache(store, KEYS[:5])
@@ -371,7 +385,7 @@ def test_blocks_on_disk_are_announced_after_a_start(tmp_path):
         tiers.close()
     store = store_of(8)
     tiers = open_tiers(store, "other weights", disk_bytes=2**20, folder=str(tmp_path))
-    assert store.snapshot().stored == ()
+    assert store.snapshot() == StoreEvents(snapshot=True)
     tiers.close()
 
 
@@ -599,7 +613,7 @@ class Machine(RuleBasedStateMachine):
         self.most = self.store._books._most_announced = most
         self.full = False
         self.mine: list[int] = []
-        self.announced: set[bytes] = set()
+        self.announced: dict[bytes, str] = {}
         self.loop = asyncio.new_event_loop()
 
     @rule(count=st.integers(1, 3))
@@ -692,16 +706,24 @@ class Machine(RuleBasedStateMachine):
 
     def hear(self, events):
         if events.snapshot:
-            self.announced = set(events.stored)
-        else:
-            assert not self.announced & set(events.stored), "told of what was known"
-            assert self.announced.issuperset(events.removed), "told of the end of what was not"
-            self.announced = (self.announced | set(events.stored)) - set(events.removed)
-        held = set(self.store._pool.keys())
-        assert held <= self.announced <= held | in_tier(self.tiers)
-        assert len(self.announced - held) <= self.most
+            assert not events.removed
+            self.announced = {}
+        told = {
+            **dict.fromkeys(events.stored, "pool"),
+            **dict.fromkeys(events.lower, "lower"),
+            **dict.fromkeys(events.removed),
+        }
+        assert len(told) == len(events.stored) + len(events.lower) + len(events.removed)
+        for key, where in told.items():
+            assert self.announced.get(key) != where, "told of what was known"
+        self.announced = {k: where for k, where in (self.announced | told).items() if where}
+        held, below = set(self.store._pool.keys()), in_tier(self.tiers)
+        assert {key for key, where in self.announced.items() if where == "pool"} == held
+        lower = self.announced.keys() - held
+        assert lower <= below
+        assert len(lower) <= self.most
         if not self.full:
-            assert self.announced == held | in_tier(self.tiers)
+            assert lower == below - held
 
     @invariant()
     def books_balance(self):
@@ -750,7 +772,7 @@ def test_an_engine_and_the_copying_at_once(tmp_path, pool):
     assert [t.corrupt for t in stats.tiers] == [0, 0]
     assert [t.errors for t in stats.tiers] == [0, 0]
     assert stats.restored > 10
-    assert set(store.snapshot().stored) == (
-        set(store._pool.keys()) | in_tier(tiers, 0) | in_tier(tiers, 1)
-    )
+    held, below = store.snapshot(), in_tier(tiers, 0) | in_tier(tiers, 1)
+    assert set(held.stored) == set(store._pool.keys())
+    assert set(held.lower) == below - set(held.stored)
     loop.close()
