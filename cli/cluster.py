@@ -8,13 +8,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cli.child import Child, ChildFailedError
+from cli.etcd import EtcdChild
 from cli.output import CommandError
 from services.runtime.load import Given, load
 from services.runtime.settings import WorkerProcess
@@ -48,16 +49,31 @@ class _Member:
 
     name: str
     role: str
-    settings: dict[str, str]
+    port: int = 0
+
+
+def _members(role: str, count: int, port: int) -> list[_Member]:
+    """Of one role; numbered if there are several, with ports in a row unless they are free ones."""
+    if count == 1:
+        return [_Member(role, role, port)]
+    return [_Member(f"{role}-{i}", role, port and port + i) for i in range(count)]
+
+
+_WORKERS = ("prefill", "decode", "both")
+_STARTS = (("etcd",), ("coordinator",), ("frontend", *_WORKERS))
+_ENDS = (("frontend",), _WORKERS, ("coordinator",), ("etcd",))
+"""Frontends first, then workers, which they still need."""
 
 
 class LocalCluster:
     """An async context manager: `async with LocalCluster(prefill=1, decode=1) as cluster`.
 
-    Processes are "coordinator", "frontend", "prefill-0", "decode-0", "both-0"...; worker ids are
+    Processes are "etcd", "coordinator", "frontend" (numbered too if there are several:
+    "frontend-0"...), "prefill-0", "decode-0", "both-0"...; worker ids are
     these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
     them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
-    unless asked for; coordinator and frontend keep theirs when restarted. `restart` brings dead
+    unless asked for (the first of several has it, the next ones those behind it); all but workers
+    keep theirs when restarted. With `etcd`, coordinators are found there. `restart` brings dead
     processes back, with backoff.
 
     Leaving the context drains and ends every process; ClusterError says if one of them had to be
@@ -70,6 +86,9 @@ class LocalCluster:
         prefill: int = 1,
         decode: int = 1,
         both: int = 0,
+        coordinators: int = 1,
+        frontends: int = 1,
+        etcd: bool = False,
         settings: Mapping[str, str] | None = None,
         own: Mapping[str, Mapping[str, str]] | None = None,
         config: Path | None = None,
@@ -86,16 +105,18 @@ class LocalCluster:
         self._on_event = on_event
         self._settings = dict(settings or {})
         self._own = dict(own or {})
-        self._drain_seconds = self._settle(prefill + decode + both)
+        workers = {"prefill": prefill, "decode": decode, "both": both}
+        self._drain_seconds = self._settle(sum(workers.values()))
         self._passing_logs = logs is None
         self.logs = logs or Path(tempfile.mkdtemp(prefix="tandem-logs-"))
         """Folder with one log a process. If it was not asked for, a good end removes it."""
+        self.etcd_data = self.logs / "etcd-data" if etcd else None
+        """Folder that etcd keeps everything in; it goes with the cluster."""
         self._members = [
-            _Member("coordinator", "coordinator", {"server.port": str(coordinator_port)}),
-            _Member("frontend", "frontend", {"server.port": str(frontend_port)}),
-            *(_Member(f"prefill-{i}", "prefill", {"server.port": "0"}) for i in range(prefill)),
-            *(_Member(f"decode-{i}", "decode", {"server.port": "0"}) for i in range(decode)),
-            *(_Member(f"both-{i}", "both", {"server.port": "0"}) for i in range(both)),
+            *_members("etcd", int(etcd), 0),
+            *_members("coordinator", coordinators, coordinator_port),
+            *_members("frontend", frontends, frontend_port),
+            *(_Member(f"{role}-{i}", role) for role, n in workers.items() for i in range(n)),
         ]
         self._children: dict[str, Child] = {}
         self._addresses: dict[str, str] = {}
@@ -119,23 +140,26 @@ class LocalCluster:
                 self._remove_logs()
 
     async def start(self) -> None:
-        """Starts the coordinator, then all others at once; returns when every one is ready.
+        """Starts etcd, coordinators, all others; returns when every one is ready.
 
         Raises ClusterError; then, and when cancelled, no process is left.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
-        first, *others = self._members
+        if self.etcd_data is not None:
+            shutil.rmtree(self.etcd_data, ignore_errors=True)
         try:
-            await self._launch(first)
-            async with asyncio.TaskGroup() as group:
-                for member in others:
-                    group.create_task(self._launch(member))
+            for roles in _STARTS:
+                async with asyncio.TaskGroup() as group:
+                    for member in self._of(roles):
+                        group.create_task(self._launch(member))
         except BaseException as error:
             await self.kill_all()
             failures = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
             for failure in failures:
                 if isinstance(failure, ChildFailedError):
                     raise ClusterError(f"{failure}\nlogs: {self.logs}") from None
+                if isinstance(failure, CommandError):
+                    raise failure from None
             self._remove_logs()
             raise
         for member in self._members:
@@ -144,6 +168,10 @@ class LocalCluster:
     def address(self, name: str) -> str:
         """host:port of a process. Raises KeyError."""
         return self._addresses[name]
+
+    def addresses(self, role: str) -> list[str]:
+        """host:port of all processes of a role ("frontend", "coordinator", "etcd", ...)."""
+        return [self._addresses[member.name] for member in self._of((role,))]
 
     @property
     def names(self) -> list[str]:
@@ -177,8 +205,8 @@ class LocalCluster:
         try:
             for name in list(self._supervisors):
                 await self._unsupervise(name)
-            for roles in (("frontend",), ("prefill", "decode", "both"), ("coordinator",)):
-                await asyncio.gather(*(self._end(m) for m in self._members if m.role in roles))
+            for roles in _ENDS:
+                await asyncio.gather(*(self._end(member) for member in self._of(roles)))
         finally:
             await self.kill_all()
         bad = [self._children[n] for n in running if self._children[n].returncode != 0]
@@ -192,6 +220,8 @@ class LocalCluster:
         for name in list(self._supervisors):
             await self._unsupervise(name)
         await asyncio.gather(*(child.end(0) for child in self._children.values()))
+        if self.etcd_data is not None:
+            shutil.rmtree(self.etcd_data, ignore_errors=True)
 
     async def wait_all_ended(self) -> None:
         """Until no process is left that runs or will be started again."""
@@ -206,28 +236,45 @@ class LocalCluster:
 
     async def _launch(self, member: _Member) -> None:
         self._tell(member, "starting")
-        child = await Child.start(
-            member.name,
-            self._arguments(member),
-            log=self.logs / f"{member.name}.log",
-            environment=self._environment,
-            timeout=READY_SECONDS,
-        )
+        log = self.logs / f"{member.name}.log"
+        child: Child
+        if self.etcd_data is not None and member.role == "etcd":
+            child = await EtcdChild.launch(
+                member.name, self.etcd_data, self._port(member), log=log, timeout=READY_SECONDS
+            )
+        else:
+            child = await Child.start(
+                member.name,
+                self._arguments(member),
+                log=log,
+                environment=self._environment,
+                timeout=READY_SECONDS,
+            )
         self._children[member.name] = child
         self._addresses[member.name] = child.address
         self._tell(member, "ready", child.address)
 
     def _arguments(self, member: _Member) -> list[str]:
-        settings = self._settings | member.settings | dict(self._own.get(member.name, {}))
+        named = {"server.port": str(self._port(member))}
+        if self.etcd_data is not None:
+            named["directory.etcd"] = ",".join(self.addresses("etcd"))
         if member.role != "coordinator":
-            settings["worker.coordinator"] = self.address("coordinator")
-            settings["frontend.coordinator"] = self.address("coordinator")
-            settings["worker.name"] = member.name
-        if member.role in ("coordinator", "frontend") and member.name in self._addresses:
-            settings["server.port"] = self.address(member.name).rpartition(":")[2]
+            known = [] if self.etcd_data else self.addresses("coordinator")
+            named["worker.coordinator"] = named["frontend.coordinator"] = ",".join(known)
+            named["worker.name"] = member.name
+        settings = self._settings | named | dict(self._own.get(member.name, {}))
         config = ["--config", str(self._config)] if self._config else []
         sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
         return [member.role, *config, *sets]
+
+    def _port(self, member: _Member) -> int:
+        """Workers take a new one with each start; others keep theirs."""
+        if member.role in _WORKERS or member.name not in self._addresses:
+            return member.port
+        return int(self.address(member.name).rpartition(":")[2])
+
+    def _of(self, roles: Sequence[str]) -> list[_Member]:
+        return [member for member in self._members if member.role in roles]
 
     def _supervise(self, member: _Member) -> None:
         self._supervisors[member.name] = asyncio.create_task(self._watch(member))
