@@ -42,6 +42,8 @@ async def serve(
         itl_seconds=own.itl_seconds,
         explain_decisions=own.explain_decisions,
         region_seconds=_round_trips(own.region_round_trips),
+        queue_patience_seconds=own.queue_patience_seconds,
+        tenant_weights={t: float(w) for t, w in (x.split("=") for x in own.tenant_weights)},
     )
     core = Core(rules, time.monotonic(), random.Random(secrets.randbits(64)).random)
     driver = Driver(core, coordinator_id=f"coordinator-{secrets.token_hex(4)}")

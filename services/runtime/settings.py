@@ -18,6 +18,9 @@ Patience = Annotated[float, Field(ge=0.1, le=86_400)]
 WorkerName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.:@-]*)?$", max_length=128)]
 Region = Annotated[str, Field(pattern=r"^[^=+,\s]+$")]
 RoundTrip = Annotated[str, Field(pattern=r"^[^=+,\s]+=[^=+,\s]+=[0-9]+(\.[0-9]+)?$")]
+TenantWeight = Annotated[
+    str, Field(pattern=r"^[^=,\s]+=([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)$")
+]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
 Address = Annotated[str, Field(pattern=r"^[^,\s]+:[0-9]+$")]
@@ -254,6 +257,15 @@ class CoordinatorSettings(_Section):
         "one to come back before they are refused.",
     )
     queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
+    queue_patience_seconds: Seconds = Field(
+        30.0,
+        description="Requests that waited this long have every other turn, whatever their priority "
+        "and tenant.",
+    )
+    tenant_weights: tuple[TenantWeight, ...] = Field(
+        (),
+        description="Shares of tenants among those that wait, tenant=weight. Others have 1.",
+    )
     ttft_seconds: float = Field(
         0.0,
         ge=0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.admission import PATIENCE_SECONDS, PlacementRate, Queue, Waiting
 from services.coordinator.core.balance import Balance, Queued
 from services.coordinator.core.candidates import View
 from services.coordinator.core.expert_plans import ExpertPlanner, ExpertRules
@@ -69,6 +69,8 @@ class Rules:
     explain_decisions: int = 4096
     region_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Round-trip times between regions."""
+    queue_patience_seconds: float = PATIENCE_SECONDS
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Core:
         self.members = Members()
         self.index = PrefixIndex()
         self.pools = Pools()
-        self.queue = Queue(rules.queue_limit)
+        self.queue = Queue(rules.queue_limit, rules.queue_patience_seconds, rules.tenant_weights)
         self.experts = ExpertPlanner(rules.experts)
         self.balance = Balance(rules.rebalance_seconds)
         self.decides = True
