@@ -6,6 +6,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,8 +50,8 @@ up: install model ## A cluster on this machine, until Ctrl-C
 test: install-dev model ## All tests
 	$(BIN)/python -m pytest $(ARGS)
 
-simulate: install-dev ## Only the tests that play seeded histories against the pure cores
-	$(BIN)/python -m pytest tests/simulation $(ARGS)
+simulate: install-dev ## Seeded histories: the tests that play them, or SEEDS=N whole clusters on JOBS=2 cores
+	$(BIN)/python -m $(if $(SEEDS),tests.simulation.cluster_world --seeds $(SEEDS) --jobs $(JOBS),pytest tests/simulation) $(ARGS)
 
 bench: install model ## What disaggregation costs here (ARGS=memory: whether memory stays flat)
 	$(BIN)/tandem bench $(or $(ARGS),disagg)

@@ -15,6 +15,8 @@ from tests.simulation.cluster_net import Process
 
 TICK_SECONDS = 0.25
 INTEGRITY_EVERY = 64
+IDLE_SECONDS = 1.5
+"""More than it takes a worker to tell that it has nothing to do, and a coordinator to use it."""
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class Asked:
     deadline: float
     call: object
     stream: object
-    overtaken: int = 0
+    at: float
 
 
 class Coordinator(Process):
@@ -54,6 +56,8 @@ class Coordinator(Process):
 
     def _tick(self):
         self._handle(m.Tick())
+        if self.asked:
+            self._check_idle()
         self.after(TICK_SECONDS, self._tick)
 
     # Workers
@@ -97,7 +101,7 @@ class Coordinator(Process):
     def place(self, stream, call, want, timeout):
         ticket = self.net.number()
         deadline = self.net.now + timeout
-        self.asked[ticket] = Asked(want, deadline, call, stream)
+        self.asked[ticket] = Asked(want, deadline, call, stream, self.net.now)
         stream.lost[1] = lambda: self._cancelled(ticket, want)
         self._handle(m.PlaceRequested(ticket, want, deadline))
 
@@ -127,16 +131,26 @@ class Coordinator(Process):
             case m.AnswerPlacement(ticket=ticket, placement=placement):
                 asked = self.asked.pop(ticket)
                 self._check_placement(asked, placement)
-                self.world.note(self.name, "places", asked.want.request_id, asked.want.attempt,
-                                placement.prefill and placement.prefill.worker_id,
-                                placement.decode.worker_id)
+                self.world.note(
+                    self.name,
+                    "places",
+                    asked.want.request_id,
+                    asked.want.attempt,
+                    placement.prefill and placement.prefill.worker_id,
+                    placement.decode.worker_id,
+                )
                 asked.stream.lost[1] = None
                 asked.stream.send(0, asked.call.placed, placement, self.name)
             case m.RefusePlacement(ticket=ticket, refusal=refusal):
                 asked = self.asked.pop(ticket)
                 self._check_refusal(asked, refusal)
-                self.world.note(self.name, "refuses", asked.want.request_id, refusal.reason.value,
-                                refusal.message)
+                self.world.note(
+                    self.name,
+                    "refuses",
+                    asked.want.request_id,
+                    refusal.reason.value,
+                    refusal.message,
+                )
                 asked.stream.lost[1] = None
                 error = by_reason(refusal.reason.value, refusal.message, refusal.metadata)
                 asked.stream.send(0, asked.call.refused, error)
@@ -201,6 +215,30 @@ class Coordinator(Process):
             assert not hopes, f"{hopes} could have served it"
             assert self.net.now >= self.started + self.rules.lease_seconds, "too early to say"
 
+    def _check_idle(self):
+        """Nobody waits for long beside workers that have nothing to do."""
+        world, since = self.world, self.net.now - IDLE_SECONDS
+        if not world.sound(self, 2 * IDLE_SECONDS):
+            return
+        up = [w for w in world.workers if w.alive and w.name in self.told]
+        if any(w.engine.busy_at > since for w in up if w.role.prefills):
+            return  # The prompt may have to wait for that one.
+        idle = [
+            w
+            for w in up
+            if w.engine.busy_at <= since and w.role.decodes and world.sound(w, 2 * IDLE_SECONDS)
+        ]
+        for asked in self.asked.values():
+            if asked.at <= since:
+                fits = [
+                    w.name
+                    for w in idle
+                    if w.name not in asked.want.exclude_workers
+                    and asked.want.context_tokens < w.shape.capacity
+                ]
+                name = asked.want.request_id
+                assert not fits, f"{name} waits at {self.name}, and {fits[0]} is idle"
+
     def check_calm(self):
         """Nothing waits, nothing is booked, everything known is true."""
         core = self.core
@@ -208,10 +246,18 @@ class Coordinator(Process):
         assert not self.asked, f"{len(self.asked)} requests wait at {self.name}"
         assert len(core.queue) == 0
         living = {w.name: w for w in self.world.workers if w.alive}
-        assert {w.worker_id for w in core.members} == living.keys(), "members differ from the living"
+        assert {w.worker_id for w in core.members} == living.keys(), (
+            "members differ from the living"
+        )
+        held = {}
         for member in core.members:
-            name = member.worker_id
-            held = set(living[name].engine.store._pool.keys())
-            assert core.index._held[name] == held, f"{name}: the index is not the truth"
+            name, worker = member.worker_id, living[member.worker_id]
+            keys = worker.engine.store._pool.keys()
+            held.update({key: held.get(key, 0) | member.bit for key in keys})
+            assert core.index.known_blocks(name) == len(keys), f"{name} holds something else"
             assert not member.load.bookings, f"{name}: bookings leaked"
-            assert member.info.role is living[name].role, f"{name}: its role is not the truth"
+            assert member.info.role is worker.role, f"{name}: its role is not the truth"
+        everybody = sum(member.bit for member in core.members)
+        for key, holders in held.items():
+            found = dict(core.index.reach((key,), everybody))
+            assert found.get(1, 0) == holders, "the index is not the truth"

@@ -1,7 +1,7 @@
 """A worker's engine: the real Stepper, Scheduler and KvStore; a model that computes nothing.
 
-What SteppedEngine does on its event loop is done here in simulated time: the inbox, the fetches, and
-what is told of a step. A token is a function of the request's seed, its position and the token
+What SteppedEngine does on its event loop is done here in simulated time: the inbox, the fetches,
+and what is told of a step. A token is a function of the request's seed, its position and the token
 before it, so every one can be checked where it arrives. When one is sampled, every block of its
 sequence must hold the KV of that sequence and of nothing else.
 """
@@ -58,6 +58,10 @@ class SimStepper(Stepper):
     def _sample(self, _logits, sequences):
         return [Choice(self._next(s), None) for s in sequences]
 
+    def fail(self, sequences, error):
+        """What breaks a step here is a bug, and not to be survived."""
+        raise error
+
     def _next(self, sequence):
         keys, pool = sequence.chain.keys, self._store._pool
         for block, key in zip(sequence.blocks, keys, strict=False):
@@ -72,7 +76,8 @@ class Fetch:
 
     def __init__(self, engine, fetch, source):
         self.engine, self.fetch = engine, fetch
-        self.arrived = self.arrived_before = 0
+        self.arrived: set[int] = set()
+        self.arrived_before = 0
         self.began = engine.net.now
         self.over = False
         self.stream = Stream(engine.process, source, lambda: self.fail("its source is gone"))
@@ -82,7 +87,7 @@ class Fetch:
         engine.process.after(KV_STALL_SECONDS, self.check_progress)
 
     def pieces(self, pieces):
-        """Blocks, in order."""
+        """Blocks, as they became ready."""
         if self.over:
             return
         store, request = self.engine.store, self.fetch.sequence.request
@@ -93,15 +98,16 @@ class Fetch:
             store.pieces_verified(block, (0,), (0,))
             if not (index == last and self.fetch.partial_last):
                 store.commit(block)
-        self.arrived += len(pieces)
-        if self.arrived == len(self.fetch.keys):
+        self.arrived.update(pieces)
+        if len(self.arrived) == len(self.fetch.keys):
             self.stop()
-            self.engine.fetch_over(self, FetchStopped(self.serial, self.arrived, blocks=self.arrived))
+            self.engine.fetch_over(self, FetchStopped(self.serial, len(self.arrived)))
 
     def fail(self, why):
         if not self.over:
             self.stop()
-            stopped = FetchStopped(self.serial, self.arrived, lost="KV_SOURCE_LOST", why=why)
+            leading = next(i for i in itertools.count() if i not in self.arrived)
+            stopped = FetchStopped(self.serial, leading, lost="KV_SOURCE_LOST", why=why)
             self.engine.fetch_over(self, stopped)
 
     def check_progress(self):
@@ -109,10 +115,10 @@ class Fetch:
         if self.over:
             return
         server = self.stream.ends[1]
-        if self.arrived == self.arrived_before and server.stalled_until > self.engine.net.now:
+        if len(self.arrived) == self.arrived_before and server.stalled_until > self.engine.net.now:
             self.fail("its source stalls")
         else:
-            self.arrived_before = self.arrived
+            self.arrived_before = len(self.arrived)
             self.engine.process.after(KV_STALL_SECONDS, self.check_progress)
 
     def stop(self):
@@ -157,6 +163,7 @@ class Engine:
         self.live: dict[str, tuple[int, int]] = {}
         self._fetches: dict[int, Fetch] = {}
         self._stepping = False
+        self._idle_since = 0.0
         process.after(1.0, self._expire)
 
     def _clock(self):
@@ -190,6 +197,12 @@ class Engine:
         """A sink, or a frontend, needs a lease no more."""
         self.store.release_lease(lease_id)
         self._kick()
+
+    @property
+    def busy_at(self):
+        """When it last had anything to do, or to hold for others."""
+        idle = not (self.live or self._inbox or self.store._pool.held)
+        return self._idle_since if idle else self.net.now
 
     def stats(self):
         load, pool = self.stepper.load, self.store._pool
@@ -247,6 +260,7 @@ class Engine:
         self._tell()
         if not plan.work:
             self._stepping = False
+            self._idle_since = self.net.now
             if self._inbox:
                 self._kick()
             return

@@ -35,6 +35,7 @@ class Link:
         self.heard = Heard()
         self.sinks: dict[str, tuple[Live, int]] = {}
         self.stream: Stream | None = None
+
     def start(self, name, live, number, *args):
         self.sinks[name] = (live, number)
         if self.stream is None:

@@ -24,6 +24,7 @@ class Process:
         self.net, self.name = net, name
         self.alive = True
         self.stalled_until = 0.0
+        self.held: list = []
         self.streams: dict[Stream, None] = {}
 
     def after(self, delay, action, *args):
@@ -42,6 +43,21 @@ class Process:
             self.net.push(
                 self.net.now + KEEPALIVE_SECONDS, None, self._missed, (stream, self.stalled_until)
             )
+
+    def hold(self, action, args):
+        """Until it goes on."""
+        if not self.held:
+            self.net.push(self.stalled_until, None, self._go_on, ())
+        self.held.append((action, args))
+
+    def _go_on(self):
+        if self.stalled_until > self.net.now:
+            self.net.push(self.stalled_until, None, self._go_on, ())
+            return
+        held, self.held = self.held, []
+        for action, args in held:
+            if self.alive:
+                action(*args)
 
     def _missed(self, stream, until):
         """Keepalive pings to a process that does not run find nobody."""
@@ -159,8 +175,8 @@ class Net:
             if process is not None:
                 if not process.alive:
                     continue
-                if process.stalled_until > self.now:
-                    self.push(process.stalled_until, process, action, args)
+                if process.stalled_until > self.now or process.held:
+                    process.hold(action, args)
                     continue
             self.events += 1
             action(*args)

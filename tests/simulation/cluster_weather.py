@@ -133,7 +133,9 @@ class Weather:
             self.note("coordinators killed", place)
             self.world.disturb(coordinator)
             coordinator.die(silently=self.random.random() < 0.3)
-            self.world.at(self.random.uniform(*RESTART_SECONDS), self.world.start_coordinator, place)
+            self.world.at(
+                self.random.uniform(*RESTART_SECONDS), self.world.start_coordinator, place
+            )
 
     def kill_frontend(self):
         frontend = self.random.choice(self.world.frontends)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtransfer.news import ChangeLog
 from services.coordinator.core import messages as m
 from services.runtime.errors import DrainingError, RoleChangedError
 from services.worker.duty import SERVES, Duty
@@ -60,7 +59,6 @@ class Worker(Process):
             registration = self.registrations[place] = Registration(self, place)
             self.after(world.random.uniform(0, 0.1), registration.start)
         self.engine.store.on_change(self._store_changed)
-        self.engine.store.events()  # From here on it keeps books of what changes.
 
     @property
     def role(self):
@@ -117,20 +115,9 @@ class Worker(Process):
         self.prefill.deliver(outputs)
         self.decode.deliver(outputs)
 
-    # News of the prefix cache
-
     def _store_changed(self):
-        if self.engine.store._log._changes:
-            for registration in self.registrations.values():
-                registration.changed()
-
-    def drain_news(self):
-        """Hands what changed to every registration's log: the store's is for one consumer."""
-        news = self.engine.store.events()
-        if not news.snapshot:
-            for registration in self.registrations.values():
-                registration.log.note(news.stored, stored=True)
-                registration.log.note(news.removed, stored=False)
+        for registration in self.registrations.values():
+            registration.changed()
 
     # Its role, and its end
 
@@ -197,7 +184,7 @@ class Registration:
         self.worker, self.place = worker, place
         self.stream: Stream | None = None
         self.accepted = False
-        self.log = ChangeLog()
+        self._log = worker.engine.store.begin_log()
         self._sequence = 0
         self._pause = 0.1
         self._interval = worker.shape.heartbeat_seconds
@@ -238,7 +225,7 @@ class Registration:
     def snapshot(self, stream):
         if stream is self.stream and self.accepted:
             self._sequence = 0
-            self.log.restart()
+            self._log.restart()
             self._tell()
 
     def change_role(self, stream, role, why):
@@ -270,7 +257,7 @@ class Registration:
 
     def changed(self):
         """The prefix cache did; what comes within a while goes as one message."""
-        if self.accepted and not self._telling:
+        if self.accepted and not self._telling and self._log._changes:
             self._telling = True
             self.worker.after(self.worker.shape.coalesce_seconds, self._tell)
 
@@ -278,8 +265,7 @@ class Registration:
         self._telling = False
         if not self.accepted:
             return
-        self.worker.drain_news()
-        news = self.log.drain(self.worker.engine.store._pool.keys)
+        news = self.worker.engine.store.events(self._log)
         if news.snapshot or news.stored or news.removed:
             self._sequence += 1
             self._say(m.WorkerKvEvents, self._sequence, news.snapshot, news.stored, news.removed)
