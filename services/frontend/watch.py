@@ -13,6 +13,9 @@ from services.frontend.request import Request
 from services.frontend.workers import Workers
 from services.runtime.errors import WorkerSilentError
 
+LEAST_SECONDS = 0.01
+"""Between two looks."""
+
 
 class Watch:
     """Looks at each debt when patience.py says so. On the event loop; `clock`: seconds."""
@@ -53,7 +56,7 @@ class Watch:
                 away = verdict.unreachable
                 self._feed(WorkerFailed(debt.attempt, debt.role, error, away, ended=False))
         if self._core.state is not State.ENDED:
-            self._wait(again_at)
+            self._wait(max(again_at, self._clock() + LEAST_SECONDS))
 
     def _judge(self, debt: Debt) -> Verdict:
         address, workers = debt.worker.address, self._workers
