@@ -133,7 +133,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where the coordinator is.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where coordinators are; several with commas."),
     ] = None,
     model: Model = None,
     name: Annotated[str | None, typer.Option(help="A worker's name in status and logs.")] = None,
@@ -178,6 +179,15 @@ def up(
     coordinator_port: Annotated[
         int | None, typer.Option(help="Of the coordinator. Default: 7450; 0 takes a free one.")
     ] = None,
+    coordinators: Annotated[
+        int, typer.Option(min=1, help="Coordinators; their ports follow the first one's.")
+    ] = 1,
+    frontends: Annotated[
+        int, typer.Option(min=1, help="Frontends; their ports follow the first one's.")
+    ] = 1,
+    etcd: Annotated[
+        bool, typer.Option("--etcd", help="An etcd too, in which processes find each other.")
+    ] = False,
     engine: Engine = None,
     transport: OneTransport = None,
     config: Config = None,
@@ -200,6 +210,7 @@ def up(
     tandem up --model ~/models/Llama-3.2-1B --set engine.kv_memory_mib=2048
     tandem up --engine scripted --set engine.scripted_step_seconds=0.02
     tandem up --transport nixl
+    tandem up --coordinators 2 --frontends 2 --etcd
     """  # noqa: D301 - click's mark for lines to keep
     with plain_errors():
         from cli import flags
@@ -224,6 +235,9 @@ def up(
             coordinator_port=coordinator if coordinator_port is None else coordinator_port,
             restart=restart,
             logs=logs,
+            coordinators=coordinators,
+            frontends=frontends,
+            etcd=etcd,
         )
         raise typer.Exit(process.run(lambda stop: run_up(plan, stop)))
 
@@ -337,7 +351,11 @@ def chat(
 def status(
     coordinator: Annotated[
         str | None,
-        typer.Option("--coordinator", metavar="HOST:PORT", help="Default: as settings say."),
+        typer.Option(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="One that answers, of several with commas. Default: as settings say.",
+        ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep it current.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, once.")] = False,
@@ -357,7 +375,11 @@ def explain(
     request_id: Annotated[str, typer.Argument(help="As the answer, or the error, names it.")],
     coordinator: Annotated[
         list[str],
-        typer.Option("--coordinator", metavar="HOST:PORT", help="Default: as settings say."),
+        typer.Option(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="Several with commas; all are asked. Default: as settings say.",
+        ),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
     config: Config = None,

@@ -31,6 +31,9 @@ class Plan:
     coordinator_port: int
     restart: bool
     logs: Path | None
+    coordinators: int = 1
+    frontends: int = 1
+    etcd: bool = False
 
 
 async def up(plan: Plan, stop: Stop) -> int:
@@ -47,6 +50,9 @@ async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
         prefill=plan.prefill,
         decode=plan.decode,
         both=plan.both,
+        coordinators=plan.coordinators,
+        frontends=plan.frontends,
+        etcd=plan.etcd,
         settings=plan.settings,
         config=plan.config,
         frontend_port=plan.port,
@@ -95,7 +101,7 @@ async def _watch(cluster: LocalCluster, stop: Stop, screen: Screen) -> None:
     all_ended = asyncio.create_task(cluster.wait_all_ended())
     stopping = asyncio.create_task(stop.wait())
     try:
-        async with Client(cluster.address("frontend"), cluster.address("coordinator")) as client:
+        async with Client("", ",".join(cluster.addresses("coordinator"))) as client:
             while not stopping.done():
                 screen.show(await _status(client))
                 await asyncio.wait(
@@ -118,9 +124,14 @@ async def _status(client: Client) -> Status | str:
 
 
 def _welcome(cluster: LocalCluster) -> str:
+    frontends = cluster.addresses("frontend")
+    there = [
+        f"{role} {', '.join(cluster.addresses(role))}"
+        for role in ("frontend", "coordinator", "etcd")
+        if cluster.addresses(role)
+    ]
     return (
-        f"Tandem is up: frontend {cluster.address('frontend')}, "
-        f"coordinator {cluster.address('coordinator')}\n"
-        f"ask it:  tandem chat --address {cluster.address('frontend')}\n"
+        f"Tandem is up: {', '.join(there)}\n"
+        f"ask it:  tandem chat --address {frontends[0]}\n"
         "end it:  Ctrl-C"
     )
