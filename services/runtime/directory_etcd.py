@@ -138,9 +138,10 @@ class EtcdDirectory:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        leases, self._leases = self._leases, {}
         with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
-                for etcd, lease in self._leases.values():
+                for etcd, lease in leases.values():
                     await etcd.revoke(pb.LeaseRevokeRequest(id=lease))
         await asyncio.gather(*(etcd.channel.close() for etcd in self._etcds))
 
