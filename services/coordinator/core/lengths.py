@@ -33,7 +33,7 @@ class Usual:
 
 
 class Fastest:
-    """Seconds that no prompt with so many tokens to compute, or fewer, has beaten.
+    """Seconds that no prompt with so many tokens to compute, or fewer, has beaten; or other work.
 
     A prompt takes no less than a shorter one. So what the fastest of at least ENOUGH shorter ones
     took, in the last WINDOW_SECONDS or two, is the least that it will take.

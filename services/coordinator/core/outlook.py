@@ -50,10 +50,12 @@ def foresee_tokens(predictor: Predictor, candidate: Candidate) -> None:
     )
 
 
-def least(predictor: Predictor, pool: Pool, uncached_tokens: int, itl_seconds: float) -> Forecast:
+def least(predictor: Predictor, pool: Pool, uncached_tokens: int) -> Forecast:
     """The best that a request may hope for in a pool; 0 for what nobody there has measured."""
     sides = (pool.prefill, pool.decode)
     roles = {role for side in sides for role, count in side.roles.items() if count}
-    kinds = [(pool.model, pool.kv_layout, role) for role in roles]
-    floors = [predictor.floor(kind, uncached_tokens).prompt_seconds for kind in kinds]
-    return Forecast(prompt_seconds=min(floors, default=0.0), itl_seconds=itl_seconds)
+    floors = {r: predictor.floor((pool.model, pool.kv_layout, r), uncached_tokens) for r in roles}
+    return Forecast(
+        prompt_seconds=min((f.prompt_seconds for f in floors.values()), default=0.0),
+        itl_seconds=min((f.itl_seconds for r, f in floors.items() if r.decodes), default=0.0),
+    )

@@ -24,7 +24,7 @@ from services.coordinator.core.messages import Holder, PlaceRequest, Reason, Ref
 from services.coordinator.core.outlook import foresee_prompt, foresee_tokens, least
 from services.coordinator.core.paths import route
 from services.coordinator.core.pools import Pool
-from services.coordinator.core.predict import unattainable
+from services.coordinator.core.predict import MAX_RETRY_SECONDS, unattainable
 from services.coordinator.core.ranks import NOMINAL_STEP
 from services.coordinator.core.scoring import (
     DECODE,
@@ -109,13 +109,19 @@ class Placer:
         blocked = Blocked(f"no decode worker of {want.model} has room", everyone=True)
         if not any(len(pool.decode.roomy) for pool in pools):
             return refusal(want, pools) or blocked
-        everyone = True
+        everyone, refused = True, []
         for pool in pools:
             outcome = self._decide_in(_Try(pool, want, limits))
-            if not isinstance(outcome, Blocked):
+            if isinstance(outcome, Decision):
                 return outcome
+            if isinstance(outcome, Refusal):
+                refused.append(outcome)
+                everyone = False
+                continue
             blocked = outcome
             everyone = everyone and outcome.everyone
+        if len(refused) == len(pools):
+            return refused[0]
         return refusal(want, pools) or Blocked(blocked.why, everyone)
 
     def rejected(self, want: PlaceRequest, pools: Sequence[Pool]) -> tuple[Considered, ...]:
@@ -141,6 +147,10 @@ class Placer:
             self._foresee_decode(candidate)
         quick = self._quick_enough(one, found)
         if not quick:
+            best = least(self._view.predictor, pool, 1)
+            refused = unattainable(best, 0.0, want.itl_seconds, None, MAX_RETRY_SECONDS)
+            if refused is not None:
+                return refused
             limit = want.itl_seconds * 1e3
             why = f"no decode worker of {want.model} is predicted to keep {limit:g} ms a token"
             return Blocked(why, everyone=False)
@@ -294,7 +304,7 @@ class Placer:
             return None
         cached = max(runner.cached_tokens, prefix.tokens if prefix else 0)
         uncached = max(1, want.context_tokens - cached)
-        best = least(self._view.predictor, one.pool, uncached, 0.0)
+        best = least(self._view.predictor, one.pool, uncached)
         # A limit of 0 means none, and one that has passed while it waited is the least there is.
         ttft = max(1e-9, limits.ttft) if limits.ttft is not None else 0.0
         return unattainable(best, ttft, 0.0, limits.deadline, 1.0)

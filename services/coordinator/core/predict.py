@@ -92,6 +92,8 @@ class _Kind:
     prompts: PromptFit = field(default_factory=PromptFit)
     usual: Usual = field(default_factory=Usual)
     fastest: Fastest = field(default_factory=lambda: Fastest(0.0))
+    alone: Fastest = field(default_factory=lambda: Fastest(0.0))
+    """Steps with one request on the rank that has most, by number of requests."""
     members: int = 0
 
 
@@ -189,11 +191,17 @@ class Predictor:
     def floor(self, kind: Hashable, tokens: int, queue_seconds: float = 0.0) -> Forecast:
         """The best that a request may hope for which has so many tokens to compute on a kind.
 
-        For `unattainable`: the time to the first token is one that no shorter prompt has beaten.
+        For `unattainable`: the time to the first token is one that no shorter prompt has beaten,
+        that between tokens one that no request had when it was alone.
         """
         of = self._kinds.get(kind)
-        least = of.fastest.least(max(1, tokens)) if of else 0.0
-        return Forecast(queue_seconds=queue_seconds, prompt_seconds=least)
+        if of is None:
+            return Forecast(queue_seconds=queue_seconds)
+        return Forecast(
+            queue_seconds=queue_seconds,
+            prompt_seconds=of.fastest.least(max(1, tokens)),
+            itl_seconds=of.alone.least(2),
+        )
 
     def step_cost(self, worker_id: str) -> StepCost | None:
         """What a step takes a worker; None if nobody of its kind has reported one."""
@@ -232,6 +240,8 @@ class Predictor:
             if expected > 0:
                 worker.steps = _moved(worker.steps, stats.step_seconds / expected)
         worker.of.steps.add(requests, kv_tokens, stats.step_seconds, now)
+        if max(ranks)[0] == 1:
+            worker.of.alone.add(1, stats.step_seconds, now)
 
 
 def unattainable(

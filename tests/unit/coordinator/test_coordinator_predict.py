@@ -332,6 +332,19 @@ def test_what_can_not_be_met_is_refused_once_enough_was_seen():
     assert unattainable(predictor.floor(KIND, 4000), 1.1, 0.0, None, 1.0) is None
 
 
+def test_an_itl_that_nobody_has_alone_on_a_worker_is_refused():
+    predictor = Predictor()
+    for number in range(ENOUGH):
+        predictor.heard(info(), KIND, stats(8, 4000, 0.2), number)
+    assert predictor.floor(KIND, 100).itl_seconds == 0.0, "of a batch, which may be smaller"
+    for number in range(ENOUGH):
+        predictor.heard(info(), KIND, stats(1, 400, 0.05 + number / 1e3), number)
+    best = predictor.floor(KIND, 100)
+    assert best.itl_seconds == 0.05
+    assert unattainable(best, 0.0, 0.026, None, 1.0) is None
+    assert unattainable(best, 0.0, 0.024, None, 1.0) is not None
+
+
 def test_the_fastest_is_forgotten_after_a_while():
     fastest = Fastest(0.0)
     for number in range(ENOUGH):
