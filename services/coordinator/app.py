@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from services.coordinator.core.core import Core, Rules
 from services.coordinator.core.expert_plans import ExpertRules
 from services.coordinator.service import CoordinatorServicer, Driver, WorkerRegistryServicer
-from services.runtime.directory import Kind, Member, directory
+from services.runtime.directory import Directory, Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import CoordinatorProcess
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
@@ -63,20 +63,31 @@ async def serve(
     listing.join(Member(Kind.COORDINATOR, driver.coordinator_id, address))
     ready(address)
     clock = asyncio.create_task(driver.run_clock(min(TICK_SECONDS, own.lease_seconds / 6)))
+    turns = asyncio.create_task(_take_turns(core, listing, address))
     stopping = asyncio.create_task(stop.wait())
     try:
-        # The clock ends only by an error, which then ends the process.
-        await asyncio.wait((clock, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if clock.done():
-            clock.result()
+        # The others end only by an error, which then ends the process.
+        await asyncio.wait((clock, turns, stopping), return_when=asyncio.FIRST_COMPLETED)
+        for task in (clock, turns):
+            if task.done():
+                task.result()
     finally:
         stopping.cancel()
-        clock.cancel()
+        for task in (clock, turns):
+            task.cancel()
         await listing.close()
         driver.stop()
         await server.stop(STOP_SECONDS)
         with contextlib.suppress(asyncio.CancelledError):
-            await clock
+            await asyncio.gather(clock, turns)
+
+
+async def _take_turns(core: Core, listing: Directory, own: str) -> None:
+    """Of the coordinators listed, the first by address has workers change their roles."""
+    known = listing.coordinators
+    while True:
+        core.decides = own <= min(known, default=own)
+        known = await listing.changed(known)
 
 
 def _round_trips(given: Iterable[str]) -> dict[tuple[str, str], float]:
