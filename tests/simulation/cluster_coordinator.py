@@ -114,8 +114,7 @@ class Coordinator(Process):
 
     def report(self, stream, event):
         self._handle(event)
-        if stream is not None:
-            stream.end(by=1)
+        stream.end(by=1)
 
     # The core
 
@@ -140,7 +139,7 @@ class Coordinator(Process):
                     placement.decode.worker_id,
                 )
                 asked.stream.lost[1] = None
-                asked.stream.send(0, asked.call.placed, placement, self.name)
+                asked.stream.send(0, asked.call.placed, placement)
             case m.RefusePlacement(ticket=ticket, refusal=refusal):
                 asked = self.asked.pop(ticket)
                 self._check_refusal(asked, refusal)

@@ -9,32 +9,46 @@ from services.coordinator.core import messages as m
 from services.engine.api import Request as EngineRequest
 from services.frontend import events as e
 from services.frontend.attempt import State
+from services.frontend.coordinator import CALL_SECONDS
 from services.frontend.output import Limits
 from services.frontend.patience import Heard, Patience
 from services.frontend.request import Request
-from services.runtime.errors import (
-    CoordinatorUnavailableError,
-    DeadlineError,
-    WorkerLostError,
-    by_reason,
-)
+from services.runtime.errors import WorkerLostError, by_reason
 from tests.simulation.cluster_engine import BLOCK
 from tests.simulation.cluster_net import Process, Stream
+from tests.simulation.cluster_replicas import PlaceCall, Replicas
 
-PATIENCE_SECONDS = 3.0
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 0.05, 0.5
 LATE_SECONDS = 0.25
-EMPTY_VIEW = frozenset({"NO_WORKERS", "UNKNOWN_MODEL"})
+LEAST_SECONDS = 0.01
 
 
-class Link:
-    """A frontend's Decode stream to one worker, and what it hears of that worker."""
+class Pulse:
+    """What a connection to a worker brings. Any live process answers a ping."""
 
     def __init__(self, frontend, address):
-        self.frontend, self.address = frontend, address
+        self.frontend, self.net, self.address = frontend, frontend.net, address
         self.heard = Heard()
+
+    def came(self, *, moved=False):
+        now = self.heard.at = self.net.now
+        if moved:
+            self.heard.moved_at = now
+
+    def ping(self):
+        self.heard.pinged_at = self.net.now
+        worker, net = self.frontend.world.worker_at(self.address), self.net
+        net.datagram(self.frontend, worker, net.datagram, worker, self.frontend, self.came)
+
+
+class Link(Pulse):
+    """A frontend's Decode stream to one worker."""
+
+    def __init__(self, frontend, address):
+        super().__init__(frontend, address)
         self.sinks: dict[str, tuple[Live, int]] = {}
         self.stream: Stream | None = None
+        self.spoke: set[str] = set()
+        self.spoke_at = 0.0
 
     def start(self, name, live, number, *args):
         self.sinks[name] = (live, number)
@@ -54,7 +68,7 @@ class Link:
 
     def frame(self, outputs):
         """What a worker's step brought to this frontend."""
-        self.came(moved=True)
+        self.note(outputs)
         for name, fields in outputs:
             sink = self.sinks.get(name)
             if sink is not None:
@@ -63,26 +77,22 @@ class Link:
                     self.forget(name)
                 live.feed(e.DecodeOutput(number, **fields))
 
+    def note(self, outputs):
+        """How long a step took."""
+        spoke = {name for name, fields in outputs if fields.get("token_ids")}
+        self.came(moved=bool(spoke) or any(fields.get("kv") for _, fields in outputs))
+        if spoke:
+            now = self.net.now
+            if not spoke.isdisjoint(self.spoke):
+                self.heard.rhythm.note(now - self.spoke_at, now)
+            self.spoke, self.spoke_at = spoke, now
+
     def lost(self):
-        self.stream = None
+        self.stream, self.spoke = None, set()
         sinks, self.sinks = self.sinks, {}
         error = WorkerLostError(f"{self.address} ended its stream")
         for live, number in sinks.values():
             live.feed(e.WorkerFailed(number, e.Role.DECODE, error, unreachable=True))
-
-    def came(self, *, moved=False):
-        now = self.heard.at = self.frontend.net.now
-        if moved:
-            self.heard.moved_at = now
-
-    def ping(self):
-        """Any live process answers."""
-        frontend = self.frontend
-        self.heard.pinged_at = frontend.net.now
-        worker = frontend.world.worker_at(self.address)
-        if worker is not None:
-            net = frontend.net
-            net.datagram(frontend, worker, net.datagram, worker, frontend, self.came)
 
 
 class Frontend(Process):
@@ -91,19 +101,24 @@ class Frontend(Process):
     def __init__(self, world, name):
         super().__init__(world, name)
         self.world = world
-        self.links: dict[str, Link] = {}
+        self.decode_links: dict[str, Link] = {}
+        self.prefill_pulses: dict[str, Pulse] = {}
         self.live: set[Live] = set()
         self.patience = Patience(world.silence_seconds, world.stall_seconds)
         self.awake_since = -math.inf
-        self.turn = world.random.randrange(8)
-        self.away_at = -math.inf
+        self.replicas = Replicas(self)
 
-    def link(self, address):
-        """Of decode; prompts have calls of their own, and count as heard of the same way."""
-        link = self.links.get(address)
-        if link is None:
-            link = self.links[address] = Link(self, address)
-        return link
+    def decode(self, address):
+        """The link to a decode worker."""
+        if address not in self.decode_links:
+            self.decode_links[address] = Link(self, address)
+        return self.decode_links[address]
+
+    def prefill(self, address):
+        """What is heard of a prefill worker."""
+        if address not in self.prefill_pulses:
+            self.prefill_pulses[address] = Pulse(self, address)
+        return self.prefill_pulses[address]
 
     def serve(self, client):
         """A client's call arrives."""
@@ -139,13 +154,14 @@ class Live:
             text=client.text(),
             arrived=self.net.now,
         )
-        self.decided_by: dict[int, str] = {}
+        self.asked: dict[int, object] = {}
+        """Who was asked to place an attempt of which no end was reported."""
         self.calls: dict[int, PrefillCall] = {}
         self.placing: dict[int, PlaceCall] = {}
-        self.reporting = 0
+        self.told: Told | None = None
         frontend.live.add(self)
         frontend.after(self.deadline - self.net.now, self.feed, e.DeadlinePassed())
-        self.look_at(self.net.now + frontend.patience.silence_seconds / 2)
+        self.look_at(self.net.now + frontend.patience.look_seconds)
         self.act(self.core.start())
 
     @property
@@ -164,9 +180,9 @@ class Live:
                 case e.Emit(token_ids=token_ids):
                     self.client.tokens(token_ids)
                 case e.Place(attempt=number, exclude=exclude):
-                    self.placing[number] = PlaceCall(self, number, exclude)
+                    self.place(number, exclude)
                 case e.CancelPlace(attempt=number):
-                    self.placing.pop(number).cancel()
+                    self.cancel_place(number)
                 case e.Report():
                     self.report(command)
                 case e.Finish(reason=reason):
@@ -184,13 +200,13 @@ class Live:
                 self.calls[number] = PrefillCall(self, number, worker, self.request(name), prefix)
             case e.StartDecode(worker=worker, source=source, prefix=prefix):
                 left = max(0.001, self.deadline - self.net.now)
-                link = self.frontend.link(worker.address)
+                link = self.frontend.decode(worker.address)
                 request = self.request(name)
                 link.start(name, self, number, request, source, prefix, left)
             case e.Proceed(worker=worker, token_ids=token_ids, handle=handle):
-                self.frontend.link(worker.address).tell("proceed", name, token_ids, handle)
+                self.frontend.decode(worker.address).tell("proceed", name, token_ids, handle)
             case e.CancelDecode(worker=worker):
-                link = self.frontend.link(worker.address)
+                link = self.frontend.decode(worker.address)
                 link.tell("cancel", name)
                 link.forget(name)
             case e.CancelPrefill():
@@ -213,11 +229,69 @@ class Live:
             deadline_seconds=self.deadline - self.net.now,
         )
 
-    def report(self, command):
-        place = self.decided_by.get(command.attempt)
-        coordinator = place and self.frontend.world.coordinators[place]
-        if coordinator is None:
+    # The coordinators
+
+    def place(self, number, exclude):
+        """Asks for workers, once the coordinator knows of the failure before."""
+        if self.told is not None and not self.told.over:
+            self.told.then = lambda: self.place(number, exclude)
             return
+        if self.ended:
+            return
+        client, output = self.client, tuple(self.core.output)
+        tokens = (*client.prompt, *output)
+        want = m.PlaceRequest(
+            request_id=client.id,
+            attempt=number,
+            model="m",
+            block_keys=tuple(block_keys(tokens, BLOCK, salt("m", "a"))),
+            context_tokens=len(tokens),
+            max_tokens=client.sampling.max_tokens - len(output),
+            exclude_workers=frozenset(exclude),
+            frontend_id=self.frontend.name,
+            kv_layout="a",
+            tenant=client.tenant,
+            priority=client.priority,
+            session=client.session,
+            ttft_seconds=client.ttft_seconds,
+        )
+        self.placing[number] = PlaceCall(self, number, want)
+
+    def placed(self, number, placement, by):
+        self.placing.pop(number, None)
+        self.asked[number] = by
+        self.net.count["placed again"] += number > 0
+
+        def worker(chosen):
+            return chosen and e.Worker(
+                chosen.worker_id, chosen.address, chosen.cached_tokens, chosen.dp_rank
+            )
+
+        prefix = placement.prefix
+        where = e.Placement(
+            worker(placement.decode),
+            worker(placement.prefill),
+            placement.reasons,
+            prefix and e.KvPrefix(prefix.worker_id, prefix.address, prefix.tokens),
+            placement.ttft_seconds,
+            placement.itl_seconds,
+        )
+        self.feed(e.Placed(number, where))
+
+    def unplaced(self, number, error):
+        self.placing.pop(number, None)
+        self.feed(e.Unplaced(number, error))
+
+    def cancel_place(self, number):
+        """Whoever cancels does not know whether it was placed."""
+        call = self.placing.pop(number, None)
+        if call is not None:
+            self.asked[number] = call.replica
+            call.cancel()
+
+    def report(self, command):
+        replicas = self.frontend.replicas
+        told = replicas.told(self.asked.pop(command.attempt, None), command)
         event = m.AttemptEnded(
             request_id=self.client.id,
             attempt=command.attempt,
@@ -230,10 +304,11 @@ class Live:
         )
         if command.failed_worker:
             self.net.count[f"attempts failed: {command.failure}"] += 1
-            self.frontend.world.note(
-                self.client.id, "attempt", command.attempt, command.failed_worker, command.failure
-            )
-        self.net.datagram(self.frontend, coordinator, coordinator.report, None, event)
+            where = (self.client.id, "attempt", command.attempt)
+            self.frontend.world.note(*where, command.failed_worker, command.failure)
+        asked_next = replicas.pick()
+        sent = {replica: Told(self.frontend, replica, event) for replica in told}
+        self.told = sent.get(asked_next) or next(iter(sent.values()), None)
 
     # Silence
 
@@ -246,20 +321,39 @@ class Live:
             frontend.awake_since = now
         if self.ended:
             return
-        half = frontend.patience.silence_seconds / 2
-        again_at = now + half
+        again_at = now + frontend.patience.look_seconds
         for debt in self.core.owing:
-            link = frontend.link(debt.worker.address)
-            verdict = frontend.patience.judge(debt, link.heard, frontend.awake_since, now)
+            prefills = debt.role is e.Role.PREFILL
+            pulse = (frontend.prefill if prefills else frontend.decode)(debt.worker.address)
+            verdict = frontend.patience.judge(debt, pulse.heard, frontend.awake_since, now)
             if verdict.ping:
-                link.ping()
+                pulse.ping()
             again_at = min(again_at, verdict.again_at)
             if verdict.silent:
                 self.net.count["given up as silent"] += 1
                 error = by_reason("WORKER_SILENT", verdict.silent, {})
-                self.feed(e.WorkerFailed(debt.attempt, debt.role, error, ended=False))
+                away = verdict.unreachable
+                self.feed(e.WorkerFailed(debt.attempt, debt.role, error, away, ended=False))
         if not self.ended:
-            self.look_at(max(again_at, now + half / 10))
+            self.look_at(max(again_at, now + LEAST_SECONDS))
+
+
+class Told:
+    """A report on its way; `then` is done once it is there, or lost."""
+
+    def __init__(self, frontend, replica, event):
+        self.over, self.then = False, None
+        coordinator = frontend.world.coordinators[replica.place]
+        self.stream = Stream(frontend, coordinator, self.end)
+        self.stream.send(1, coordinator.report, self.stream, event)
+        frontend.after(CALL_SECONDS, self.end)
+
+    def end(self):
+        if not self.over:
+            self.over = True
+            self.stream.end(by=0)
+            if self.then is not None:
+                self.then()
 
 
 class PrefillCall:
@@ -267,18 +361,23 @@ class PrefillCall:
 
     def __init__(self, live, number, worker, request, prefix):
         self.live, self.number = live, number
-        self.link = live.frontend.link(worker.address)
+        self.pulse = live.frontend.prefill(worker.address)
         self.over = False
+        self.began = live.net.now
         server = live.frontend.world.worker_at(worker.address)
         self.stream = Stream(live.frontend, server, self.lost)
         self.stream.send(1, server.prefill.start, self.stream, self, request, prefix)
 
     def accepted(self):
-        self.link.came()
+        self.pulse.came()
+        self.began = self.pulse.net.now
         self.live.feed(e.PrefillAccepted(self.number))
 
     def done(self, output):
-        self.link.came(moved=True)
+        self.pulse.came(moved=True)
+        if output.kv is not None:
+            took = self.pulse.net.now - self.began
+            self.pulse.heard.pace.note(output.kv.computed_tokens, took)
         self.over = True
         self.stream.end(by=0)
         fields = (output.token_ids, output.logprobs, output.finish_reason, output.handle, output.kv)
@@ -298,116 +397,3 @@ class PrefillCall:
     def cancel(self):
         self.over = True
         self.stream.end(by=0)
-
-
-class PlaceCall:
-    """A placement asked for until there is an answer, of one coordinator after the other."""
-
-    def __init__(self, live, number, exclude):
-        self.live, self.number, self.exclude = live, number, exclude
-        self.frontend, self.net = live.frontend, live.net
-        self.stream: Stream | None = None
-        self.over = False
-        self.tried = 0
-        self.pause = FIRST_RETRY_SECONDS
-        self.give_up: float | None = None
-        client, output = live.client, tuple(live.core.output)
-        tokens = (*client.prompt, *output)
-        self.want = m.PlaceRequest(
-            request_id=client.id,
-            attempt=number,
-            model="m",
-            block_keys=tuple(block_keys(tokens, BLOCK, salt("m", "a"))),
-            context_tokens=len(tokens),
-            max_tokens=client.sampling.max_tokens - len(output),
-            exclude_workers=frozenset(exclude),
-            frontend_id=self.frontend.name,
-            kv_layout="a",
-            tenant=client.tenant,
-            priority=client.priority,
-            session=client.session,
-            ttft_seconds=client.ttft_seconds if number == 0 else 0.0,
-        )
-        self.ask()
-
-    def ask(self):
-        if self.over:
-            return
-        left = self.live.deadline - self.net.now
-        world, frontend = self.frontend.world, self.frontend
-        places = world.coordinator_places
-        self.place = places[frontend.turn % len(places)]
-        coordinator = world.coordinators[self.place]
-        self.stream = Stream(frontend, coordinator, self.lost)
-        self.live.decided_by[self.number] = self.place
-        self.stream.send(1, coordinator.place, self.stream, self, self.want, max(0.001, left))
-
-    def placed(self, placement, _by):
-        self.close()
-        live = self.live
-        live.placing.pop(self.number, None)
-        if self.number > 0:
-            self.net.count["placed again"] += 1
-
-        def worker(chosen):
-            return chosen and e.Worker(
-                chosen.worker_id, chosen.address, chosen.cached_tokens, chosen.dp_rank
-            )
-
-        prefix = placement.prefix
-        live.feed(
-            e.Placed(
-                self.number,
-                e.Placement(
-                    worker(placement.decode),
-                    worker(placement.prefill),
-                    placement.reasons,
-                    prefix and e.KvPrefix(prefix.worker_id, prefix.address, prefix.tokens),
-                    placement.ttft_seconds,
-                    placement.itl_seconds,
-                ),
-            )
-        )
-
-    def refused(self, error):
-        self.stream.end(by=0)
-        empty = error.reason in EMPTY_VIEW
-        if empty and self.net.now - self.frontend.away_at < PATIENCE_SECONDS:
-            self.again(error)
-        else:
-            self.unplaced(error)
-
-    def lost(self):
-        """The coordinator is away: the next one."""
-        self.frontend.turn += 1
-        self.frontend.away_at = self.net.now
-        self.net.count["coordinators found away"] += 1
-        if self.net.now >= self.live.deadline:
-            self.unplaced(DeadlineError("the deadline passed while the coordinator was asked"))
-        else:
-            self.again(CoordinatorUnavailableError("the coordinator can't be reached"))
-
-    def again(self, error):
-        if self.over:
-            return
-        now = self.net.now
-        if self.give_up is None:
-            self.give_up = min(self.live.deadline, now + PATIENCE_SECONDS)
-        if now + self.pause >= self.give_up:
-            self.unplaced(error)
-            return
-        self.frontend.after(self.pause, self.ask)
-        self.pause = min(2 * self.pause, LAST_RETRY_SECONDS)
-
-    def unplaced(self, error):
-        self.close()
-        self.live.placing.pop(self.number, None)
-        self.live.feed(e.Unplaced(self.number, error))
-
-    def cancel(self):
-        self.close()
-
-    def close(self):
-        self.over = True
-        if self.stream is not None:
-            self.stream.end(by=0)

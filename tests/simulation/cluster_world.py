@@ -17,9 +17,10 @@ import time
 from services.coordinator.core.core import Rules
 from services.coordinator.core.messages import Role
 from services.engine.api import Sampling
+from services.frontend.coordinator import PATIENCE_SECONDS
 from tests.simulation.cluster_client import NEVER, Client
 from tests.simulation.cluster_coordinator import Coordinator
-from tests.simulation.cluster_frontend import PATIENCE_SECONDS, Frontend
+from tests.simulation.cluster_frontend import Frontend
 from tests.simulation.cluster_net import Counts, Net
 from tests.simulation.cluster_weather import Weather
 from tests.simulation.cluster_worker import Shape, Worker
