@@ -208,7 +208,7 @@ class Replicas:
         settled = self._clock() - first.up_since >= HOME_SECONDS
         if asked in left and not settled:
             return asked
-        if not tried:
+        if not tried or asked is None or not asked.up:
             self._asked = first
         return first
 
