@@ -7,8 +7,9 @@ workers at once, instead of a walk along them. The rule holds for blocks in the 
 in the pool or in a tier under it; so the ones in the pool come first.
 
 A worker that breaks the rule, if only because one of its messages is late, is taken to hold more or
-less than it does: at least the first block if the answer is not 0, and the last one of the answer.
-It finds out for itself, since it looks the prompt up again.
+less than it does: it holds the first two blocks of an answer and the last one, and what is between
+was not looked at. It finds out for itself, since it looks the prompt up again. Where pools break
+the rule, evicting a prefix's start first, it is mostly after a first block that all prompts share.
 
 Sets of workers are integers with one bit a worker, and one more for a worker that has tiers: the
 block is only there. Each distinct set has a number, and a block has the number of its holders. So a
@@ -128,18 +129,19 @@ class PrefixIndex:
         """How many leading keys each worker of a set holds: (keys, set of workers), most first.
 
         Every worker of the set comes up once, those that hold none last. Costs about
-        log2(len(keys)) lookups for each distinct answer that is asked for, or two if it is all.
+        log2(len(keys)) lookups for each distinct answer that is asked for, or three if it is all.
         """
         # All of `some` hold the first `low` keys, none holds more than `high`.
         pending = [(0, len(keys), workers)]
         while pending:
             low, high, some = pending.pop()
             while low < high:
-                # The first key decides for most of a fleet, and the last one for many a prompt
-                # that comes again: these are asked first.
-                middle = (low + high + 1) // 2 if high < len(keys) else high
-                if not low:
-                    middle = 1
+                # What most of a fleet shares is the first block or none; and many a prompt comes
+                # again as a whole. So these are asked for first.
+                if low < 2:
+                    middle = low + 1
+                else:
+                    middle = high if high == len(keys) else (low + high + 1) // 2
                 deeper = some & self._holders(keys, middle - 1)
                 if not deeper:
                     high = middle - 1

@@ -226,7 +226,7 @@ def test_lookups_are_logarithmic(monkeypatch):
     keys = keys_of(1, 8192)
     index.store("a", keys[:5000])
     looked_up = count_lookups(index, monkeypatch)
-    for asked, held, lookups in ((keys, 5000, 15), (keys[6000:], 0, 1), (keys[:5000], 5000, 2)):
+    for asked, held, lookups in ((keys, 5000, 16), (keys[6000:], 0, 1), (keys[:5000], 5000, 3)):
         assert list(index.reach(asked, bit)) == [(held, bit)]
         assert len(looked_up) <= lookups
         # A decision asks again, of other workers.
@@ -235,6 +235,19 @@ def test_lookups_are_logarithmic(monkeypatch):
         assert not looked_up
     assert index.in_pool("a", keys, 5000) == 5000
     assert not looked_up, "a worker without tiers costs nothing"
+
+
+def test_a_worker_that_lost_the_start_of_a_prefix_is_not_taken_to_hold_it():
+    """Its pool breaks the chain rule, and what is left can not be used."""
+    index = PrefixIndex()
+    bit = index.add("a")
+    keys = keys_of(3, 300)
+    for start in (0, 1):
+        for end in (start + 1, 100):
+            index.replace("a", keys)
+            index.remove("a", keys[start:end])
+            for asked in (keys, keys[:200]):
+                assert list(index.reach(asked, bit)) == [(start, bit)]
 
 
 def test_what_was_found_is_void_once_something_changes():
