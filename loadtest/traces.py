@@ -6,12 +6,15 @@ Two public formats are read, told apart by the file's ending:
   content, so no prompt shares anything with another.
 - Mooncake traces, .jsonl: timestamp (ms), input_length, output_length, hash_ids: one id for each
   block of 512 prompt tokens, the last one possibly short; equal ids mean equal content up to there.
+
+Either may be compressed (.xz).
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,13 +43,15 @@ class TraceRow:
 def read(path: Path, limit: int | None = None) -> tuple[TraceRow, ...]:
     """The first `limit` requests of a trace file, in order of time. Raises TraceError."""
     readers = {".csv": _azure, ".jsonl": _mooncake}
-    reader = readers.get(path.suffix)
+    compressed = path.suffix == ".xz"
+    reader = readers.get(path.with_suffix("").suffix if compressed else path.suffix)
     if reader is None:
-        raise TraceError(f"{path}: a trace ends in .csv (Azure) or .jsonl (Mooncake)")
+        raise TraceError(f"{path}: a trace ends in .csv (Azure) or .jsonl (Mooncake), or then .xz")
+    opened = lzma.open if compressed else open
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with opened(path, "rt", encoding="utf-8", newline="") as lines:
             rows = list(islice(reader(path, lines), limit))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: {error}") from None
     if not rows:
         raise TraceError(f"{path}: no request in it")

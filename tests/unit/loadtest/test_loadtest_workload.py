@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 from collections import Counter
 
@@ -226,6 +227,16 @@ def test_a_mooncake_trace_is_read_in_order_of_time(tmp_path):
     )
 
 
+def test_a_compressed_trace_is_read(tmp_path):
+    file = tmp_path / "mooncake.jsonl.xz"
+    file.write_bytes(lzma.compress(mooncake(600, [1, 2]).encode()))
+    assert traces.read(file) == (TraceRow(0.0, 600, 1, (1, 2)),)
+    for broken in (b"not compressed", file.read_bytes()[:-20]):
+        file.write_bytes(broken)
+        with pytest.raises(TraceError, match=r"mooncake.jsonl.xz: "):
+            traces.read(file)
+
+
 def mooncake(tokens, ids):
     return json.dumps({"timestamp": 0, "input_length": tokens, "output_length": 1, "hash_ids": ids})
 
@@ -244,6 +255,7 @@ def mooncake(tokens, ids):
         ("a.jsonl", mooncake(600, [1]), "1 hash_ids"),
         ("a.jsonl", mooncake(6, [-1]), "hash id -1"),
         ("a.txt", "", ".csv (Azure)"),
+        ("a.txt.xz", "", ".csv (Azure)"),
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_refused_with_its_line(tmp_path, name, text, words):
