@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import signal
 from collections import Counter
 
 from tandem.coordinator.v1 import coordinator_pb2 as pb
@@ -78,3 +79,21 @@ async def test_a_decode_worker_becomes_a_prefill_worker_and_one_comes_back():
         assert set(failures) == {"", "DRAINING"}
         await cluster.nothing_held()
         assert sum((await roles(cluster)).values()) == 4
+
+
+async def test_workers_that_are_both_prefill_for_each_other_and_one_alone_for_itself():
+    settings = SCRIPTED | {"coordinator.local_prefill_tokens": "0"}
+    request = prompt(*range(10, 110), max_tokens=20, ignore_eos=True, temperature=0.0)
+    async with running(0, 0, settings, both=2) as cluster:
+        await cluster.workers_up(2)
+        together = await cluster.ask(request)
+        (attempt,) = together.last.route.attempts
+        assert {attempt.prefill_worker[:6], attempt.decode_worker[:6]} == {"both-0", "both-1"}
+        assert attempt.kv.blocks == 25
+        cluster.local.kill("both-0", signal.SIGTERM)
+        await cluster.workers_up(1)
+        alone = await cluster.ask(request)
+        (attempt,) = alone.last.route.attempts
+        assert (attempt.prefill_worker, attempt.decode_worker[:6]) == ("", "both-1")
+        assert alone.tokens == together.tokens
+        await cluster.nothing_held()
