@@ -11,7 +11,8 @@ import pytest
 
 from cli.child import Child
 from services.engine.api import Hold, Request, Sampling
-from services.engine.registration import Registration, WorkerIdentity
+from services.engine.identity import WorkerIdentity
+from services.engine.registration import Registration
 from services.engine.scripted.engine import ScriptedEngine
 from services.runtime.channels import Channels
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings, WorkerSettings

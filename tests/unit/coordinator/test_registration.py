@@ -10,8 +10,10 @@ import pytest
 
 from services.engine import registration as module
 from services.engine.api import EngineStats, KvEvents
-from services.engine.registration import Registration, WorkerIdentity
+from services.engine.identity import WorkerIdentity
+from services.engine.registration import Registration
 from services.runtime.channels import Channels
+from services.runtime.directory import Known
 from services.runtime.settings import WorkerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
@@ -97,8 +99,8 @@ class Stream:
         self._over.set()
 
 
-@pytest.fixture
-async def registry():
+@asynccontextmanager
+async def listening():
     registry = Registry()
     server = grpc.aio.server()
     pb_grpc.add_WorkerRegistryServiceServicer_to_server(registry, server)
@@ -106,6 +108,12 @@ async def registry():
     await server.start()
     yield registry
     await server.stop(0)
+
+
+@pytest.fixture
+async def registry():
+    async with listening() as registry:
+        yield registry
 
 
 @asynccontextmanager
@@ -287,3 +295,128 @@ async def test_an_engine_that_fails_is_not_hidden(registry):
     with pytest.raises(ZeroDivisionError):
         await Registration(Broken(), identity, settings, channels).run(asyncio.Event())
     await channels.close()
+
+
+# Several coordinators
+
+
+class Listing:
+    """A directory that the test writes."""
+
+    def __init__(self, *registries):
+        self.known = Known([f"127.0.0.1:{registry.port}" for registry in registries])
+
+    @property
+    def coordinators(self):
+        return self.known.coordinators
+
+    async def changed(self, known):
+        return await self.known.changed(known)
+
+
+@pytest.fixture
+async def another():
+    async with listening() as registry:
+        yield registry
+
+
+async def test_all_are_told_everything_and_none_minds_the_others(registry, another):
+    engine = Engine([key(1)])
+    listing = Listing(registry, another)
+    async with worker(registry, engine, directory=listing) as registration:
+        one, two = await registry.stream(), await another.stream()
+        assert (await one.greet()).info == (await two.greet()).info
+        for stream in (one, two):
+            assert list((await stream.next("kv_events")).kv_events.stored) == [key(1)]
+        assert engine.readers == 2
+        await two.fail("going away")
+        # The first one's stream goes on; the second one's begins anew, with a snapshot.
+        engine.running = 3
+        while (await one.next("heartbeat")).heartbeat.stats.running != 3:
+            pass
+        assert registration.registered.is_set()
+        two = await another.stream()
+        await two.greet()
+        assert (await two.next("kv_events")).kv_events.snapshot
+        registration.drain()
+        await one.next("draining")
+        await two.next("draining")
+
+
+async def test_one_silent_coordinator_keeps_nobody_from_the_other(registry, another):
+    listing = Listing(registry, another)
+    async with worker(registry, Engine(), directory=listing) as registration:
+        await (await registry.stream()).next("hello")
+        await (await another.stream()).greet()
+        await asyncio.wait_for(registration.registered.wait(), 10)
+
+
+class Experts(Engine):
+    """Has two experts, and counts their tokens since its start."""
+
+    tokens = (0, 0)
+
+    def stats(self):
+        return EngineStats(expert_tokens=self.tokens)
+
+
+async def test_each_hears_of_every_token_of_experts(registry, another):
+    engine = Experts()
+    async with worker(registry, engine, directory=Listing(registry, another)):
+        streams = [await registry.stream(), await another.stream()]
+        told = [[0, 0], [0, 0]]
+        for stream in streams:
+            await stream.greet()
+        for total in ((5, 50), (7, 100)):
+            engine.tokens = total
+            for stream, sums in zip(streams, told, strict=True):
+                while tuple(sums) != total:
+                    stats = (await stream.next("heartbeat")).heartbeat.stats
+                    for expert, tokens in enumerate(stats.expert_tokens):
+                        sums[expert] += tokens
+
+
+async def test_a_new_coordinator_is_registered_with(registry, another):
+    listing = Listing(registry)
+    async with worker(registry, Engine(), directory=listing):
+        await (await registry.stream()).greet()
+        listing.known.set([*listing.coordinators, f"127.0.0.1:{another.port}"])
+        await (await another.stream()).greet()
+
+
+async def test_one_off_the_list_is_kept_while_its_stream_works(registry, another):
+    listing = Listing(registry, another)
+    engine = Engine()
+    async with worker(registry, engine, directory=listing) as registration:
+        one, two = await registry.stream(), await another.stream()
+        await one.greet()
+        await two.greet()
+        listing.known.set([f"127.0.0.1:{registry.port}"])
+        await one.next("heartbeat")
+        await two.next("heartbeat")
+        await two.next("heartbeat")
+        await two.fail("gone for good")
+        await one.fail("restart")
+        await (await registry.stream()).greet()
+        assert another.streams.empty()
+        await asyncio.wait_for(registration.registered.wait(), 10)
+
+
+async def test_a_role_is_asked_for_by_any_and_told_to_all(registry, another):
+    asked = asyncio.Queue()
+    listing = Listing(registry, another)
+    async with worker(
+        registry, Engine(), directory=listing, on_role=lambda *why: asked.put_nowait(why)
+    ) as registration:
+        one, two = await registry.stream(), await another.stream()
+        await one.greet()
+        await two.greet()
+        change = pb.ChangeRole(role=pb.WORKER_ROLE_DECODE, why="prompts are few")
+        await two.say(pb.RegisterResponse(change_role=change))
+        assert await asyncio.wait_for(asked.get(), 10) == ("decode", "prompts are few")
+        registration.role_changed("decode")
+        for stream in (one, two):
+            told = (await stream.next("role_changed")).role_changed
+            assert told.role == pb.WORKER_ROLE_DECODE
+        await two.fail("restart")
+        assert (await (await another.stream()).greet()).info.role == pb.WORKER_ROLE_DECODE
