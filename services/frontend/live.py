@@ -175,7 +175,7 @@ class LiveRequest:
                 context_tokens=len(job.prompt) + len(output),
                 max_tokens=job.sampling.max_tokens - len(output),
                 timeout=job.deadline - self._cluster.clock(),
-                wishes=job.wishes,
+                wishes=job.wishes.left(len(output), self._cluster.clock() - self.core.arrived),
             )
         except TandemError as error:
             self.feed(Unplaced(number, error))

@@ -9,7 +9,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.engine.api import Sampling
 from services.runtime.errors import InvalidRequestError, UnknownModelError
@@ -22,6 +22,8 @@ MAX_STOP_TOKENS = 64
 LEAST_REPETITION_PENALTY = 0.001
 MAX_ID_CHARACTERS = 128
 MAX_PRIORITY = 100
+LEAST_TTFT_SECONDS = 0.001
+"""What is asked for when the time to the first token is over: 0 would ask for none."""
 
 _ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
 
@@ -95,6 +97,17 @@ class Wishes:
     allowed_regions: tuple[str, ...] = ()
     ttft_seconds: float = 0.0
     itl_seconds: float = 0.0
+
+    def left(self, tokens: int, waited: float) -> Wishes:
+        """Those of a placement when so many tokens are out, `waited` seconds after arrival.
+
+        A stream that has begun is not ended for being slow.
+        """
+        if tokens:
+            return replace(self, ttft_seconds=0.0, itl_seconds=0.0)
+        if not self.ttft_seconds:
+            return self
+        return replace(self, ttft_seconds=max(LEAST_TTFT_SECONDS, self.ttft_seconds - waited))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from services.frontend.validate import (
     ModelLimits,
     Prompt,
     Tokens,
+    Wishes,
     check_input,
     check_model,
     check_request_id,
@@ -200,3 +201,12 @@ def test_the_context_window_is_told_with_both_numbers():
 
 def test_a_prompt_of_no_tokens_is_refused():
     assert refused(room_for_output, Prompt("\u200b"), 0, 100).metadata["field"] == "prompt"
+
+
+def test_what_is_left_of_a_service_level():
+    wishes = Wishes(tenant="a", ttft_seconds=1.0, itl_seconds=0.1)
+    assert wishes.left(0, 0.25) == Wishes(tenant="a", ttft_seconds=0.75, itl_seconds=0.1)
+    assert 0 < wishes.left(0, 5.0).ttft_seconds < 0.01
+    # A stream that has begun goes on, however slowly.
+    assert wishes.left(3, 0.25) == Wishes(tenant="a")
+    assert Wishes(tenant="a").left(0, 5.0) == Wishes(tenant="a")
