@@ -160,27 +160,3 @@ async def test_coordinator_killed_streams_finish_and_workers_come_back(scripted:
     assert again.tokens == undisturbed.tokens
     # The new coordinator knows from the workers' snapshots what they hold.
     assert again.last.usage.cached_tokens > 0
-
-
-async def test_a_stalled_decode_worker_is_lost_for_its_requests():
-    settings = SCRIPTED | {
-        "engine.scripted_step_seconds": "0.02",
-        "frontend.stall_seconds": "1",
-        "coordinator.local_prefill_tokens": "0",
-    }
-    async with running(1, 2, settings) as cluster:
-        request = prompt(max_tokens=LONG, ignore_eos=True, seed=5)
-        undisturbed = await cluster.ask(request)
-        stopped: list[str] = []
-
-        async def stop(answer) -> None:
-            if len(answer.tokens) >= 20 and not stopped:
-                stopped.append(await cluster.busy("decode"))
-                cluster.local.kill(stopped[0], signal.SIGSTOP)
-
-        try:
-            assert (await cluster.ask(request, stop)).tokens == undisturbed.tokens
-            assert stopped
-        finally:
-            for name in stopped:
-                cluster.local.kill(name, signal.SIGCONT)

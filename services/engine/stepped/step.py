@@ -23,6 +23,7 @@ from services.engine.api import (
     TokenOutput,
 )
 from services.engine.stepped.batch import Model, batch_of
+from services.engine.stepped.deadlines import Deadlines
 from services.engine.stepped.inbox import Cancel, Command, FetchStopped, Proceed, Submit
 from services.engine.stepped.phases import Phase
 from services.engine.stepped.prefix import Verdict, judge
@@ -31,14 +32,10 @@ from services.engine.stepped.rates import Rates
 from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
-from services.runtime.errors import DeadlineError
 from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-
-CLOCKS_DIFFER_BY = 0.005
-"""Seconds: a fetch that is given until a deadline may end this much before it."""
 
 _DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
 
@@ -121,10 +118,10 @@ class Stepper:
         self._bandwidth = bandwidth
         self._clock = clock
         self._block_tokens = store.layout.block_tokens
-        self._chunk_tokens = settings.chunk_tokens
         self._live: dict[int, _Live] = {}
         self._result = StepResult()
         self._rates = Rates()
+        self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
         self._serial = self._finished = self._preempted = 0
         self.load = Load(ranks=self._ranks())
 
@@ -239,21 +236,16 @@ class Stepper:
     def _drop_late(self) -> None:
         """Ends what can't be done in time any more, before a step is wasted on it."""
         now = self._clock()
-        horizon = now + self._least_seconds(self._limits.context_tokens)
+        horizon = now + self._deadlines.least_seconds(self._limits.context_tokens)
         for live in [x for x in self._live.values() if x.sequence.deadline <= horizon]:
             sequence = live.sequence
             tokens = self._scheduler.to_compute(sequence)
-            if self._late(sequence, tokens, now) and sequence.phase is Phase.WAITING:
+            fault = self._deadlines.missed(sequence, tokens, now)
+            if fault is not None and sequence.phase is Phase.WAITING:
                 tokens = max(0, tokens - self._may_be_found(sequence))
-            if self._late(sequence, tokens, now):
-                self._end(sequence, FinishReason.ERROR, fault=self._fault(sequence, tokens, now))
-
-    def _late(self, sequence: Sequence, tokens: int, now: float) -> bool:
-        """Whether so many prompt tokens can't be computed before a sequence's deadline."""
-        return now + self._least_seconds(tokens) >= sequence.deadline - CLOCKS_DIFFER_BY
-
-    def _least_seconds(self, tokens: int) -> float:
-        return self._rates.least_seconds(tokens, self._chunk_tokens)
+                fault = self._deadlines.missed(sequence, tokens, now)
+            if fault is not None:
+                self._end(sequence, FinishReason.ERROR, fault=fault)
 
     def _may_be_found(self, sequence: Sequence) -> int:
         """Prompt tokens of a waiting sequence whose KV may be had without computing it."""
@@ -263,16 +255,6 @@ class Stepper:
         here = len(cached) + self._store.in_tiers(keys[len(cached) :])
         held = 0 if sequence.prefix is None else sequence.prefix.tokens
         return max(here * self._block_tokens, held)
-
-    def _fault(self, sequence: Sequence, tokens: int, now: float) -> EngineFault:
-        left = max(0.0, sequence.deadline - now)
-        least = self._least_seconds(tokens)
-        return EngineFault(
-            DeadlineError.reason,
-            f"{tokens} prompt tokens are to be computed, which takes {least:.3f} s at least; "
-            f"{left:.3f} s are left",
-            {"tokens": str(tokens), "least_seconds": f"{least:.3f}", "left_seconds": f"{left:.3f}"},
-        )
 
     # Commands
 
@@ -311,10 +293,8 @@ class Stepper:
             return
         have = sequence.computed + stopped.arrived * self._block_tokens
         missing = max(0, sequence.context - have)
-        fault, now = stopped.fault, self._clock()
-        if self._late(sequence, missing, now):
-            # No other placement could help either.
-            fault = self._fault(sequence, missing, now)
+        # If it is too late no other placement could help either.
+        fault = self._deadlines.missed(sequence, missing, self._clock()) or stopped.fault
         if fault is None and missing > self._recompute_max_tokens:
             fault = EngineFault(
                 stopped.lost if stopped.lost in _DENIED else "KV_SOURCE_LOST",
