@@ -31,7 +31,9 @@ async def test_wishes_reach_the_coordinator():
         await world.whole(request)
         (place,) = world.coordinator.places
         assert (place.priority, place.session, place.region) == (-3, "chat 1", "fra")
-        assert (place.ttft_seconds, place.itl_seconds) == (0.5, 0.05)
+        # What was spent before it asks is gone.
+        assert 0 < place.ttft_seconds <= 0.5
+        assert place.itl_seconds == 0.05
         assert (place.tenant, list(place.allowed_regions)) == ("", [])
 
 
