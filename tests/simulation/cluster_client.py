@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from services.engine.api import FinishReason, Sampling
+from services.frontend.validate import Wishes
 from tests.simulation.cluster_engine import token_after
 
 NEVER = frozenset({"DUPLICATE_REQUEST", "UNKNOWN_MODEL", "INTERNAL", "CANCELLED", "DRAINING"})
@@ -40,10 +41,7 @@ class Client:
     sampling: Sampling
     deadline: float
     stop_at: int = 1 << 30
-    tenant: str = ""
-    priority: int = 0
-    session: str = ""
-    ttft_seconds: float = 0.0
+    wishes: Wishes = field(default_factory=Wishes)
     asked: float = 0.0
     got: int = 0
     ended: str = ""

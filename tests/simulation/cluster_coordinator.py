@@ -202,6 +202,8 @@ class Coordinator(Process):
         self.net.count[f"refused: {refusal.reason.value}"] += 1
         if refusal.reason is m.Reason.OVERLOADED:
             assert len(self.core.queue) >= self.rules.queue_limit, "there was room to wait"
+        if refusal.reason is m.Reason.SLO_UNATTAINABLE:
+            self._check_early(asked, refusal)
         if refusal.reason is m.Reason.NO_WORKERS:
             hopes = [
                 name
@@ -214,8 +216,38 @@ class Coordinator(Process):
             assert not hopes, f"{hopes} could have served it"
             assert self.net.now >= self.started + self.rules.lease_seconds, "too early to say"
 
+    def _check_early(self, asked, refusal):
+        """What a worker with nothing to do would have done in time must not be refused early.
+
+        A bound that any order of things would have kept: the whole prompt, nothing cached, on one
+        worker that is idle, which this coordinator knows.
+        """
+        want, world = asked.want, self.world
+        waited = self.net.now - asked.at
+        limit = want.ttft_seconds - waited if want.ttft_seconds else asked.deadline - self.net.now
+        early = refusal.metadata.get("limit") in ("ttft_seconds", "deadline")
+        if not early or not world.sound(self, 2 * IDLE_SECONDS):
+            return
+        for worker in world.workers:
+            shape = worker.shape
+            can = worker.alive and worker.role is m.Role.BOTH and worker.name in self.told
+            if (
+                can
+                and worker.engine.busy_at <= self.net.now - IDLE_SECONDS
+                and world.sound(worker, 2 * IDLE_SECONDS)
+                and worker.name not in want.exclude_workers
+                and want.context_tokens < shape.capacity
+            ):
+                steps = 1 + want.context_tokens // shape.chunk_tokens
+                takes = want.context_tokens / shape.tokens_per_second + steps * shape.step_seconds
+                words = f"{worker.name} is idle and would have taken {takes:.3f} of {limit:.3f} s"
+                assert takes > limit, words
+
     def _check_idle(self):
-        """Nobody waits for long beside workers that have nothing to do."""
+        """Nobody waits for long beside workers that have nothing to do.
+
+        But for who wants tokens faster than they may be had.
+        """
         world, since = self.world, self.net.now - IDLE_SECONDS
         if not world.sound(self, 2 * IDLE_SECONDS):
             return
@@ -228,7 +260,7 @@ class Coordinator(Process):
             if w.engine.busy_at <= since and w.role.decodes and world.sound(w, 2 * IDLE_SECONDS)
         ]
         for asked in self.asked.values():
-            if asked.at <= since:
+            if asked.at <= since and not asked.want.itl_seconds:
                 fits = [
                     w.name
                     for w in idle

@@ -157,7 +157,6 @@ class Engine:
         )
         self.frozen_until = 0.0
         self.slowness = 1.0
-        self._salt = salt(shape.model, shape.kv_layout)
         self._serials = itertools.count(1)
         self._inbox: list = []
         self.live: dict[str, tuple[int, int]] = {}
@@ -233,7 +232,8 @@ class Engine:
 
     def _submit(self, request, role, source, prefix):
         serial = next(self._serials)
-        chain = KeyChain(self._salt, BLOCK)
+        salted = salt(self.shape.model, self.shape.kv_layout, request.tenant)
+        chain = KeyChain(salted, BLOCK)
         sequence = Sequence.of(serial, request, role, chain, source, prefix)
         self.live[request.request_id] = (serial, 0 if source else sequence.context)
         self._put(Submit(sequence))

@@ -225,7 +225,7 @@ class Live:
             prompt_token_ids=client.prompt,
             sampling=client.sampling,
             output_token_ids=tuple(self.core.output),
-            tenant=client.tenant,
+            tenant=client.wishes.tenant,
             deadline_seconds=self.deadline - self.net.now,
         )
 
@@ -240,20 +240,22 @@ class Live:
             return
         client, output = self.client, tuple(self.core.output)
         tokens = (*client.prompt, *output)
+        wishes = client.wishes.left(len(output), self.net.now - self.core.arrived)
         want = m.PlaceRequest(
             request_id=client.id,
             attempt=number,
             model="m",
-            block_keys=tuple(block_keys(tokens, BLOCK, salt("m", "a"))),
+            block_keys=tuple(block_keys(tokens, BLOCK, salt("m", "a", wishes.tenant))),
             context_tokens=len(tokens),
             max_tokens=client.sampling.max_tokens - len(output),
             exclude_workers=frozenset(exclude),
             frontend_id=self.frontend.name,
             kv_layout="a",
-            tenant=client.tenant,
-            priority=client.priority,
-            session=client.session,
-            ttft_seconds=client.ttft_seconds,
+            tenant=wishes.tenant,
+            priority=wishes.priority,
+            session=wishes.session,
+            ttft_seconds=wishes.ttft_seconds,
+            itl_seconds=wishes.itl_seconds,
         )
         self.placing[number] = PlaceCall(self, number, want)
 

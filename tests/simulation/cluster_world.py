@@ -18,6 +18,7 @@ from services.coordinator.core.core import Rules
 from services.coordinator.core.messages import Role
 from services.engine.api import Sampling
 from services.frontend.coordinator import PATIENCE_SECONDS
+from services.frontend.validate import Wishes
 from tests.simulation.cluster_client import NEVER, Client
 from tests.simulation.cluster_coordinator import Coordinator
 from tests.simulation.cluster_frontend import Frontend
@@ -53,6 +54,9 @@ class World(Net):
             queue_limit=draw.choice([2, 50, 50]),
             local_prefill_tokens=draw.choice([0, 24, 64]),
             worker_wait_seconds=draw.choice([0.0, 2.0]),
+            rebalance_seconds=draw.choice([0.0, 0.5]),
+            queue_patience_seconds=draw.choice([0.5, 30.0]),
+            tenant_weights={"gold": 3.0},
         )
         self.role_min_seconds = draw.choice([0.0, 1.0])
         self.step_seconds = draw.choice([0.01, 0.03])
@@ -68,6 +72,7 @@ class World(Net):
         for _ in range(draw.randint(1, 3)):
             self.start_worker(draw.choice([Role.DECODE, Role.DECODE, *BOTH]))
         self.frontends = [Frontend(self, f"f{i}") for i in range(draw.choice([1, 2]))]
+        self.tenants = draw.choice([[""], ["gold", "lead"]])
         self.rate = draw.choice([3.0, 5.0, 10.0])
         self.clients: list[Client] = []
         self.waiting: set[Client] = set()
@@ -77,7 +82,10 @@ class World(Net):
     # Processes
 
     def start_coordinator(self, place):
-        self.coordinators[place] = Coordinator(self, place, self.rules)
+        coordinator = self.coordinators[place] = Coordinator(self, place, self.rules)
+        # Without a directory, or behind a partition, more than one may think that it decides.
+        first = place == self.coordinator_places[0]
+        coordinator.core.decides = first or self.random.random() < 0.2
 
     def start_frontend(self, former):
         self.frontends[self.frontends.index(former)] = Frontend(self, former.name)
@@ -154,6 +162,13 @@ class World(Net):
             Sampling(max_tokens=most, seed=seed, stop_token_ids=()),
             deadline=self.now + draw.choice([0.3, 2.0, 5.0, 10.0]),
             stop_at=draw.randint(1, 12) if draw.random() < 0.2 else 1 << 30,
+            wishes=Wishes(
+                tenant=draw.choice(self.tenants),
+                priority=draw.choice([0, 0, 0, 1, -1]),
+                session=draw.choice(["", "", f"s{number % 3}"]),
+                ttft_seconds=draw.choice([0.0, 0.0, 0.0, 0.1, 1.0]),
+                itl_seconds=draw.choice([0.0, 0.0, 0.0, 0.005, 0.1]),
+            ),
             asked=self.now,
         )
         self.clients.append(client)
@@ -174,6 +189,8 @@ class World(Net):
             return "nobody should ever see this"
         if reason == "DEADLINE":
             return "" if self.now >= client.deadline - 1e-9 else "there is time left"
+        if reason == "SLO_UNATTAINABLE" and client.got:
+            return "its stream had begun"
         if reason in ("OVERLOADED", "SLO_UNATTAINABLE"):
             return ""  # Checked where it was decided.
         if reason == "INVALID_REQUEST":
