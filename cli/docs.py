@@ -47,7 +47,7 @@ TOML file (`--config FILE`, or the variable `TANDEM_CONFIG`), environment variab
 variable or a bad value stops the process with the key, the value, where it came from and what was
 expected. One file may serve all processes: what belongs to another kind of process is passed over.
 
-`tandem settings [coordinator|frontend|prefill|decode|both]` prints what holds and where it came from.
+`tandem settings [coordinator|frontend|prefill|decode|both]` prints what holds and whence.
 
 ```toml
 [engine]
