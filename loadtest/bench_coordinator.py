@@ -20,8 +20,9 @@ from dataclasses import dataclass, fields
 import psutil
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.core import Core
 from services.coordinator.core.index import PrefixIndex
+from services.coordinator.core.rules import Rules
 
 BLOCK_TOKENS = 16
 COMMON_BLOCKS = 32

@@ -9,8 +9,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 
-from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.core import Core
 from services.coordinator.core.expert_plans import ExpertRules
+from services.coordinator.core.rules import Rules
 from services.coordinator.service import CoordinatorServicer, Driver, WorkerRegistryServicer
 from services.runtime.directory import Directory, Kind, Member, directory
 from services.runtime.server import Server

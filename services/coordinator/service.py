@@ -100,7 +100,7 @@ class Driver:
 
     def describe(self, want: m.PlaceRequest, span: Span) -> None:
         """Makes a span's attributes of what was decided on a request."""
-        record = self.core.explanations.get(want.request_id, want.attempt)
+        record = self.core.desk.explanations.get(want.request_id, want.attempt)
         if record is not None:
             span.set_attributes(attributes(record, self.clock()))
 
@@ -182,7 +182,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
     ) -> pb.ExplainResponse:
         """See coordinator.proto."""
         driver = self._driver
-        kept, now = driver.core.explanations, driver.clock()
+        kept, now = driver.core.desk.explanations, driver.clock()
         return pb.ExplainResponse(
             attempts=[explanation_to(record, now) for record in kept.of(request.request_id)],
             coordinator_id=driver.coordinator_id,

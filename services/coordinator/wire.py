@@ -327,9 +327,9 @@ def status_to(core: Core, coordinator_id: str, now: float) -> pb.GetStatusRespon
     return pb.GetStatusResponse(
         coordinator_id=coordinator_id,
         workers=[_worker_to(worker, core, now) for worker in workers],
-        queued=len(core.queue),
-        placed=core.placed,
-        refused={reason.value: count for reason, count in core.refused.items()},
+        queued=len(core.desk.queue),
+        placed=core.desk.placed,
+        refused={reason.value: count for reason, count in core.desk.refused.items()},
         uptime_seconds=now - core.started,
     )
 

@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.core import Core
+from services.coordinator.core.rules import Rules
 
 LEASE = 1.5
 TICK = 0.25
@@ -90,7 +91,7 @@ class Book:
 
     def tell(self, event):
         """Hands an event to the core; the book is kept, and what comes of it is checked."""
-        before = self.core.placed + sum(self.core.refused.values())
+        before = self.core.desk.placed + sum(self.core.desk.refused.values())
         answers = 0
         for command in self.core.handle(event, self.now):
             match command:
@@ -112,8 +113,8 @@ class Book:
                     asked = self.asked.pop(ticket)
                     self.note_refused(asked.want, refusal)
                     self.check_refusal(asked, refusal)
-        assert self.core.placed + sum(self.core.refused.values()) == before + answers
-        assert len(self.core.queue) == len(self.asked) <= self.rules.queue_limit
+        assert self.core.desk.placed + sum(self.core.desk.refused.values()) == before + answers
+        assert len(self.core.desk.queue) == len(self.asked) <= self.rules.queue_limit
         self.told += 1
         if self.told % 8 == 0:
             self.core.check_integrity()
@@ -166,10 +167,12 @@ class Book:
             assert not hopes, f"{hopes} could have served it"
             assert self.now >= self.core_started + LEASE, "they may be about to register"
         elif refusal.reason is m.Reason.OVERLOADED:
-            assert len(self.core.queue) == self.rules.queue_limit
+            assert len(self.core.desk.queue) == self.rules.queue_limit
             assert 1 <= refusal.retry_seconds <= 30
         elif refusal.reason is m.Reason.DEADLINE:
             assert self.now >= asked.deadline
+        elif refusal.reason is m.Reason.SLO_UNATTAINABLE:
+            assert self.now < asked.deadline, "without a limit nothing is out of reach"
         else:
             assert refusal.reason in (m.Reason.INVALID_REQUEST, m.Reason.UNKNOWN_MODEL)
             assert not hopes

@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass, field
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.core import Rules
+from services.coordinator.core.rules import Rules
 from tests.simulation.coordinator_book import BLOCK, LEASE, TICK, Asked, Book
 
 STORM_SECONDS = 8.0

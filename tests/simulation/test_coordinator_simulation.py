@@ -12,7 +12,7 @@ import sys
 
 from tests.simulation.coordinator_world import World
 
-SEEDS = 1500
+SEEDS = 600
 REPLAY = "tests.simulation.test_coordinator_simulation"
 
 

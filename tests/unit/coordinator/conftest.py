@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.core import Core
+from services.coordinator.core.rules import Rules
 
 BLOCK = 16
 

@@ -234,7 +234,7 @@ class TestRefusals:
     def test_refusals_are_counted(self, cluster):
         cluster.refuse()
         cluster.refuse()
-        assert cluster.core.refused == {R.NO_WORKERS: 2}
+        assert cluster.core.desk.refused == {R.NO_WORKERS: 2}
 
 
 class TestQueue:
@@ -319,7 +319,7 @@ class TestQueue:
         cluster.do(m.StreamLost(cluster.streams["decode-1"]))
         cluster.wait(0.1)
         assert cluster.answers[ticket].refusal.reason is R.NO_WORKERS
-        assert len(cluster.core.queue) == 20
+        assert len(cluster.core.desk.queue) == 20
 
     def test_one_past_its_deadline_is_not_placed_though_no_tick_came_first(self, make_cluster):
         cluster = self.full(make_cluster)
@@ -407,11 +407,11 @@ class TestAttempts:
             assert (load.requests, load.queued_tokens, load.bookings) == (0, 0, {})
 
     def test_memory_of_attempts_is_bounded(self, cluster, monkeypatch):
-        monkeypatch.setattr("services.coordinator.core.core.ATTEMPTS_REMEMBERED", 3)
+        monkeypatch.setattr("services.coordinator.core.desk.ATTEMPTS_REMEMBERED", 3)
         cluster.worker("decode-0", max_running=100)
         for number in range(10):
             cluster.place(32, request=f"r{number}")
-        assert [a for a, _ in cluster.core._attempts] == ["r7", "r8", "r9"]
+        assert [a for a, _ in cluster.core.desk.attempts] == ["r7", "r8", "r9"]
 
 
 class TestStart:

@@ -63,7 +63,7 @@ class TestRing:
 
 class TestDecisions:
     def told(self, cluster, request_id):
-        now, kept = cluster.now, cluster.core.explanations
+        now, kept = cluster.now, cluster.core.desk.explanations
         return [explanation_to(record, now) for record in kept.of(request_id)]
 
     def test_a_placed_one_names_winner_and_losers(self, cluster):
@@ -122,7 +122,7 @@ class TestDecisions:
     def test_the_span_says_the_same(self, cluster):
         cluster.worker("decode-0")
         cluster.place(32, request="r")
-        (record,) = cluster.core.explanations.of("r")
+        (record,) = cluster.core.desk.explanations.of("r")
         flat = attributes(record, cluster.now)
         assert flat["tandem.place.outcome"] == "placed"
         assert flat["tandem.place.considered"][0].startswith("decode decode-0: chosen 3.")

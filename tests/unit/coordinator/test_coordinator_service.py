@@ -12,7 +12,8 @@ from grpc_status import rpc_status
 
 from services.coordinator.app import serve
 from services.coordinator.core import messages as m
-from services.coordinator.core.core import Core, Rules
+from services.coordinator.core.core import Core
+from services.coordinator.core.rules import Rules
 from services.coordinator.service import Driver
 from services.runtime.settings import CoordinatorProcess, CoordinatorSettings, ServerSettings
 from tandem.coordinator.v1 import coordinator_pb2 as pb
@@ -313,7 +314,7 @@ async def test_an_answer_that_nobody_takes_any_more_books_nothing():
     want_one = m.PlaceRequest("r", 0, "m", (), 32, 8)
     waiting = asyncio.create_task(driver.place(want_one, None))
     await asyncio.sleep(0)
-    assert len(core.queue) == 1
+    assert len(core.desk.queue) == 1
     driver.dispatch(m.WorkerHeartbeat(1, m.WorkerStats(free_blocks=64)))
     assert core.members.get("decode-0").load.requests == 1
     waiting.cancel()

@@ -44,7 +44,7 @@ class TestTurns:
 
     def test_a_tenant_is_charged_for_what_it_was_served(self, full):
         self.end(full, "first", computed_tokens=100, generated_tokens=7)
-        counter = full.core.queue.fairness.counter(Line("m", 0), "heavy")
+        counter = full.core.desk.queue.fairness.counter(Line("m", 0), "heavy")
         assert counter == 100 + OUTPUT_WEIGHT * 7
 
     def test_a_placement_asked_for_twice_is_charged_once(self, cluster):
@@ -52,7 +52,7 @@ class TestTurns:
         for _ in range(3):
             cluster.place(tokens=128, request="again", tenant="t")
         self.end(cluster, "again", computed_tokens=100, generated_tokens=7)
-        counter = cluster.core.queue.fairness.counter(Line("m", 0), "t")
+        counter = cluster.core.desk.queue.fairness.counter(Line("m", 0), "t")
         assert counter == 100 + OUTPUT_WEIGHT * 7
 
 
