@@ -138,6 +138,8 @@ async def run(
                     break
                 say(f"{harm.what}; {len(users.asked)} requests so far")
                 spans.append((harm, len(users.live), *await bench.harm(harm)))
+                # What one death did is then no part of the next one's.
+                await users.ended(list(users.live))
     finally:
         await channels.close()
     usual = deaths_report.longest_waits(users.asked, *calm)

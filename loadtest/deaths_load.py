@@ -63,6 +63,7 @@ class Asked:
     """Reason and words."""
     wrong: bool = False
     waits: list[Wait] = field(default_factory=list)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Users:
@@ -78,6 +79,10 @@ class Users:
         self._timeout = timeout_seconds
         self._clock = clock
 
+    async def ended(self, requests: Sequence[Asked]) -> None:
+        """Until these have."""
+        await asyncio.gather(*(request.over.wait() for request in requests))
+
     async def user(self, number: int, seed: int, stop: asyncio.Event) -> None:
         """One user, who has finished the question at hand when this returns."""
         rng = random.Random(f"{seed} user {number}")
@@ -89,6 +94,7 @@ class Users:
             finally:
                 self.live.remove(request)
                 request.ended = self._clock()
+                request.over.set()
                 self.asked.append(request)
 
     async def _ask(self, request: Asked, question: Question, number: int) -> None:
