@@ -10,6 +10,9 @@ from cli.output import CommandError, printable
 from services.runtime.client import CallFailedError, Client
 from services.runtime.explained import Considered, Decision
 
+MOMENT = 0.0005
+"""Seconds that are not worth a word."""
+
 NOTABLE = 0.005
 """Differences of scores below this are not worth a word."""
 
@@ -98,12 +101,13 @@ def _wanted(one: Decision) -> str:
 def _attempt(one: Decision) -> Iterator[str]:
     yield (
         f"attempt {one.attempt}, {one.asked_seconds_ago:.1f} s ago, by {one.coordinator_id}: "
-        f"{one.outcome} after {one.queued_seconds:.3f} s"
+        f"{one.outcome} {_after(one.queued_seconds)}"
     )
     for why, seconds in one.waits:
-        yield f"  waited {seconds:.3f} s: {why}"
+        yield f"  waited {seconds:.3f} s for this: {why}" if seconds >= MOMENT else f"  {why}"
     for reason in one.reasons:
-        yield f"  {'refused' if one.refusal else 'because'}: {reason}"
+        if not reason.startswith("waited "):
+            yield f"  {'refused' if one.refusal else 'because'}: {reason}"
     for role, title in (("decode", "to generate"), ("prefill", "to run the prompt")):
         some = [c for c in one.considered if c.role == role]
         if some:
@@ -120,28 +124,40 @@ def _times(ttft: float, itl: float) -> str:
     return f"{words}, then one every {itl * 1e3:.1f} ms" if itl else words
 
 
+def _after(seconds: float) -> str:
+    return f"after {seconds:.3f} s" if seconds >= MOMENT else "at once"
+
+
 def _workers(some: Sequence[Considered]) -> Iterator[str]:
-    winner = next((c for c in some if c.chosen), None)
+    """Those that could have it, the winner first; then those that could not."""
+    able = [c for c in some if not c.rejected]
+    winner = next((c for c in able if c.chosen), None)
     width = max(len(c.worker_id) for c in some)
+    for c in able:
+        words = _for(c, able) if c is winner else _against(c, winner)
+        yield f"    {c.worker_id.ljust(width)}  {c.score:5.2f}  {words}"
     for c in some:
-        name = c.worker_id.ljust(width)
         if c.rejected:
-            yield f"    {name}  out    {c.rejected}"
-        elif c.chosen:
-            yield f"    {name}  {c.score:5.2f}  chosen: {_parts(c)}"
-        else:
-            yield f"    {name}  {c.score:5.2f}  {_against(c, winner)}"
+            yield f"    {c.worker_id.ljust(width)}    out  {c.rejected}"
 
 
-def _parts(c: Considered) -> str:
-    order = sorted(c.scores.items(), key=lambda one: -one[1])
-    return ", ".join(f"{name} {value:.2f}" for name, value in order if value >= NOTABLE)
+def _for(winner: Considered, able: Sequence[Considered]) -> str:
+    """What was not the same for all."""
+    if len(able) == 1:
+        return "chosen: nobody else could have it"
+    others = [c for c in able if c is not winner]
+    told = [
+        f"{name} {value:.2f}"
+        for name, value in sorted(winner.scores.items(), key=lambda one: -one[1])
+        if any(abs(c.scores.get(name, 0.0) - value) >= NOTABLE for c in others)
+    ]
+    return "chosen: " + (", ".join(told) if told else "all were as good")
 
 
 def _against(c: Considered, winner: Considered | None) -> str:
     """What a worker lacked, or had, in comparison with the one chosen."""
     if winner is None:
-        return _parts(c)
+        return "could have had it"
     differences = {name: value - winner.scores.get(name, 0.0) for name, value in c.scores.items()}
     notable = [(n, d) for n, d in differences.items() if abs(d) >= NOTABLE]
     notable.sort(key=lambda one: -abs(one[1]))
