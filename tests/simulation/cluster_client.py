@@ -100,4 +100,4 @@ class Client:
             return  # It had gone away, and its frontend did not know yet.
         self.ended = how
         self.world.count[f"requests {how}"] += 1
-        self.world.waiting.discard(self)
+        self.world.ended(self)

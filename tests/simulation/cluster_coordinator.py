@@ -37,6 +37,10 @@ class Asked:
     call: object
     stream: object
     at: float
+    before: int
+    """Requests that waited when it came."""
+    passed: int = 0
+    """Others that were placed since it has waited for as long as patience lasts."""
 
 
 class Coordinator(Process):
@@ -101,7 +105,9 @@ class Coordinator(Process):
     def place(self, stream, call, want, timeout):
         ticket = self.net.number()
         deadline = self.net.now + timeout
-        self.asked[ticket] = Asked(want, deadline, call, stream, self.net.now)
+        self.asked[ticket] = Asked(
+            want, deadline, call, stream, self.net.now, len(self.core.desk.queue)
+        )
         stream.lost[1] = lambda: self._cancelled(ticket, want)
         self._handle(m.PlaceRequested(ticket, want, deadline))
 
@@ -138,6 +144,7 @@ class Coordinator(Process):
                     placement.prefill and placement.prefill.worker_id,
                     placement.decode.worker_id,
                 )
+                self.world.placed(self, asked)
                 asked.stream.lost[1] = None
                 asked.stream.send(0, asked.call.placed, placement)
             case m.RefusePlacement(ticket=ticket, refusal=refusal):
@@ -201,7 +208,7 @@ class Coordinator(Process):
     def _check_refusal(self, asked, refusal):
         self.net.count[f"refused: {refusal.reason.value}"] += 1
         if refusal.reason is m.Reason.OVERLOADED:
-            assert len(self.core.queue) >= self.rules.queue_limit, "there was room to wait"
+            assert len(self.core.desk.queue) >= self.rules.queue_limit, "there was room to wait"
         if refusal.reason is m.Reason.SLO_UNATTAINABLE:
             self._check_early(asked, refusal)
         if refusal.reason is m.Reason.NO_WORKERS:
@@ -275,7 +282,7 @@ class Coordinator(Process):
         core = self.core
         core.check_integrity()
         assert not self.asked, f"{len(self.asked)} requests wait at {self.name}"
-        assert len(core.queue) == 0
+        assert len(core.desk.queue) == 0
         living = {w.name: w for w in self.world.workers if w.alive}
         assert {w.worker_id for w in core.members} == living.keys(), (
             "members differ from the living"

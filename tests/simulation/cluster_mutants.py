@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 from kvtransfer.leases import LeaseTable
+from services.coordinator.core.admission import Queue
 from services.coordinator.core.core import Core
+from services.coordinator.core.desk import Desk
+from services.coordinator.core.fairness import Fairness
 from services.coordinator.core.load import Load
 from services.coordinator.core.pools import Side
 from services.engine.stepped.scheduler import Scheduler
@@ -95,7 +98,7 @@ def _drainers_chosen():
 
 def _queue_forgotten():
     """Nobody in the queue is served before its deadline."""
-    return mock.patch.object(Core, "_serve_queue")
+    return mock.patch.object(Desk, "serve")
 
 
 def _events_lost():
@@ -119,6 +122,16 @@ def _preempted_forgotten():
     return mock.patch.object(Stepper, "_end")
 
 
+def _unfair():
+    """Tenants are not charged for what they are served."""
+    return mock.patch.object(Fairness, "_add")
+
+
+def _impatient():
+    """Waiting for long gives nobody a turn."""
+    return mock.patch.object(Queue, "_is_old", return_value=False)
+
+
 MUTANTS: dict[str, Mutant] = {
     "late tokens dropped": _late_tokens,
     "cancels": _no_cancel,
@@ -132,6 +145,8 @@ MUTANTS: dict[str, Mutant] = {
     "resynchronization": _events_lost,
     "batch bound": _overfull,
     "ends": _preempted_forgotten,
+    "fairness": _unfair,
+    "turns of those who waited": _impatient,
 }
 
 

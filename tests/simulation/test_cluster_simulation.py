@@ -38,6 +38,7 @@ def test_the_weather_is_rough_enough(counts):
         *("attempts failed: WORKER_LOST", "attempts failed: ENGINE_OVERLOADED"),
         *("attempts failed: KV_SOURCE_LOST", "given up as silent", "placed again"),
         *("refused: NO_WORKERS", "refused: OVERLOADED", "fetches failed", "leases expired"),
+        *("moments of fairness checked", "waits beyond patience"),
         *("requests finished", "requests cancelled", "requests failed: DEADLINE"),
     ):
         assert counts[what] >= 5, what
