@@ -45,7 +45,7 @@ frozen, or overloaded, for a while."""
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Since the start. `refused` and `expired` are of what was served, the rest of fetches here.
+    """Since the start. `refused` is of what was served, the rest of fetches here.
 
     KvEndpoint.stats has them by transport and peer.
     """
@@ -62,8 +62,6 @@ class Counters:
     """Fetches that lost their source, for whatever reason."""
     refused: int
     """Fetches of others turned down."""
-    expired: int
-    """Leases that ran out."""
 
 
 class KvEndpoint:
@@ -142,7 +140,6 @@ class KvEndpoint:
             stale=total.stale,
             lost=total.lost + total.expired + total.stale,
             refused=self.servicer.refused,
-            expired=self._store.stats().expired,
         )
 
     async def start(self) -> None:

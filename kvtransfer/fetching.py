@@ -155,8 +155,6 @@ class FetchCore:
         """Verified and in place."""
         self.corrupt_reads = 0
         """Pieces that were wrong the first time."""
-        self.stale = 0
-        """Reads that found a block's memory given to other content."""
         self._address = address
         self._limits = limits
         self._opened = False
@@ -234,7 +232,6 @@ class FetchCore:
     def _read_done(self, wrong: tuple[Piece, ...], stale: bool, now: float) -> list[Command]:
         pieces, self._reading = self._reading, ()
         if stale:
-            self.stale += 1
             self._lose("it gave a block's memory to other content while it was read", "STALE")
             return []
         bad = set(wrong)

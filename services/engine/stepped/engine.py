@@ -296,7 +296,7 @@ class SteppedEngine:
             kv_bytes=counters.bytes,
             kv_traffic=(*fetched.transports, *fetched.peers(PEERS_REPORTED)),
             kv_refused=counters.refused,
-            leases_expired=counters.expired,
+            leases_expired=store.expired,
             kv_tiers=store.tiers,
             ranks=self._ranks(load),
             expert_tokens=() if self._experts is None else self._experts.tokens(),
