@@ -33,6 +33,7 @@ from itertools import chain, islice, takewhile
 
 from services.coordinator.core.fairness import Charge, Fairness, Line
 from services.coordinator.core.messages import PlaceRequest
+from services.coordinator.core.pace import Pace
 from services.coordinator.core.ranking import Ranking
 
 LOOKAHEAD = 8
@@ -45,9 +46,6 @@ PATIENCE_SECONDS = 30.0
 
 RATE_SECONDS = 10.0
 """Time over which the rate of placements is averaged."""
-
-ENOUGH_PLACED = 8
-"""Placements of the last RATE_SECONDS or so that it takes to tell how long a queue will."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,23 +91,6 @@ class _Lane:
     """The negatives of the levels' priorities, ascending."""
     old_first: bool = True
     """Whose turn it is: that of those who waited too long?"""
-    mark: float = 0.0
-    """When the last one was placed, or else the first one came."""
-
-
-@dataclass(slots=True)
-class _Pace:
-    """How fast those who wait for a model are placed: what its workers can take, not what comes."""
-
-    placed: float = 0.0
-    seconds: float = 0.0
-    """In which somebody waited."""
-
-    def count(self, seconds: float) -> None:
-        """One was placed, so long after the one before it or the first that waited."""
-        kept = 0.5 ** (seconds / RATE_SECONDS)
-        self.placed = kept * self.placed + 1
-        self.seconds = kept * self.seconds + seconds
 
 
 class Queue:
@@ -130,7 +111,10 @@ class Queue:
         self._patience = patience
         self._entries: dict[int, Waiting] = {}
         self._lanes: dict[str, _Lane] = {}
-        self._paces: dict[str, _Pace] = {}
+        self._paces: dict[str, Pace] = {}
+        """By model, of those for which somebody was placed."""
+        self._now = float("-inf")
+        """The latest time that was told."""
         self._deadlines: Ranking[int] = Ranking()
         self._crowds: dict[int, Ranking[str]] = {}
         """By priority, over all lanes: tenants by how many places they take."""
@@ -156,8 +140,8 @@ class Queue:
     def ahead(self, entry: Waiting) -> int:
         """Requests that are before one that was just added whatever becomes of counters.
 
-        These are those of higher priority, and its tenant's own: the least number, as is wanted to
-        tell that a wait will be too long. Those of other tenants may come before it or not.
+        These are those of higher priority, and its tenant's own; those of other tenants may come
+        before it or not.
         """
         lane = self._lanes[entry.request.model]
         priority = entry.request.priority
@@ -166,16 +150,21 @@ class Queue:
         return sum(lane.levels[-p].size for p in higher) + len(own) - 1
 
     def wait_seconds(self, entry: Waiting) -> float:
-        """How long `ahead` will take, as fast as others that waited were placed; 0: not known."""
+        """How long one that was just added waits at least; 0: not known.
+
+        Until so many of those before it are gone, as fast as ever lately, that it may overtake the
+        rest; but no longer than until it goes ahead by its age.
+        """
         pace = self._paces.get(entry.request.model)
-        if pace is None or pace.placed < ENOUGH_PLACED or pace.seconds < 1:
+        if pace is None:
             return 0.0
-        return self.ahead(entry) * pace.seconds / pace.placed
+        return min(self._patience, pace.least_seconds(self.ahead(entry) - LOOKAHEAD + 1))
 
     def add(self, entry: Waiting) -> None:
         """Puts a request in its place. There may be one too many now: see `push_out`."""
         want = entry.request
-        lane = self._lanes.setdefault(want.model, _Lane(mark=entry.since))
+        self._now = max(self._now, entry.since)
+        lane = self._lanes.setdefault(want.model, _Lane())
         level = lane.levels.get(want.priority)
         if level is None:
             level = lane.levels[want.priority] = _Level(entry.line)
@@ -193,10 +182,18 @@ class Queue:
 
     def remove(self, ticket: int) -> Waiting | None:
         """Takes a request out, wherever it stands; None if it is not here."""
-        entry = self._entries.pop(ticket, None)
+        entry = self._entries.get(ticket)
         if entry is None:
             return None
-        want = entry.request
+        pace = self._paces.get(entry.request.model)
+        if pace is not None and entry.since < self._now:
+            pace.count(self._now)
+        self._drop(entry)
+        return entry
+
+    def _drop(self, entry: Waiting) -> None:
+        ticket, want = entry.ticket, entry.request
+        del self._entries[ticket]
         lane = self._lanes[want.model]
         level = lane.levels[want.priority]
         own = level.tenants[want.tenant]
@@ -213,10 +210,10 @@ class Queue:
         self._deadlines.discard(ticket)
         del self._crowd[want.priority, want.tenant][ticket]
         self._count(want.priority, want.tenant)
-        return entry
 
     def head(self, model: str, now: float) -> list[Waiting]:
         """Requests whose turn it can be, in order: the first one, and those that may overtake."""
+        self._now = max(self._now, now)
         lane = self._lanes.get(model)
         if lane is None:
             return []
@@ -247,9 +244,8 @@ class Queue:
             return None
         lane = self._lanes[entry.request.model]
         alone = len(lane.entries) == 1
-        if now > lane.mark or not alone:
-            self._paces.setdefault(entry.request.model, _Pace()).count(now - lane.mark)
-            lane.mark = now
+        if not alone or entry.since < now:
+            self._paces.setdefault(entry.request.model, Pace(now)).count(now)
         for other in () if alone else self.head(entry.request.model, now):
             if other is entry:
                 break
@@ -258,7 +254,8 @@ class Queue:
             lane.old_first = True
         elif self._is_old(entry, now):
             lane.old_first = False
-        return self.remove(ticket)
+        self._drop(entry)
+        return entry
 
     def charge(self, entry: Waiting, prompt_tokens: int) -> Charge:
         """Counts a request that was taken for its tenant: so many tokens are to be computed."""
@@ -288,6 +285,7 @@ class Queue:
 
     def late(self, now: float) -> list[Waiting]:
         """Takes out the requests whose deadline has passed."""
+        self._now = max(self._now, now)
         return [e for t in self._deadlines.pop_through(now) if (e := self.remove(t)) is not None]
 
     def _old(self, lane: _Lane, now: float) -> Iterator[Waiting]:

@@ -19,6 +19,7 @@ from services.coordinator.core.admission import (
 )
 from services.coordinator.core.fairness import OUTPUT_WEIGHT, Fairness, Line
 from services.coordinator.core.messages import PlaceRequest
+from services.coordinator.core.pace import ENOUGH, Pace
 from services.coordinator.core.ranking import Ranking
 
 
@@ -181,10 +182,22 @@ def test_a_full_queue_lets_go_of_the_latest_of_the_tenant_that_takes_most():
     newcomer = entry(4, tenant="b")
     queue.add(newcomer)
     assert queue.push_out(newcomer).ticket == 2
-    for _ in range(2):
-        newcomer = entry(5, tenant="b")
+    for number, tenant in enumerate("abab"):
+        newcomer = entry(5 + number, tenant=tenant)
         queue.add(newcomer)
         assert queue.push_out(newcomer) is newcomer, "two each: nobody is pushed to and fro"
+    newcomer = entry(9, tenant="c")
+    queue.add(newcomer)
+    assert queue.push_out(newcomer).ticket in (1, 4)
+
+
+def test_a_newcomer_of_a_tenant_that_takes_as_much_pushes_nobody_out():
+    queue = Queue(limit=2)
+    for ticket, tenant in enumerate("ab"):
+        queue.add(entry(ticket, tenant=tenant))
+    newcomer = entry(2, tenant="c")
+    queue.add(newcomer)
+    assert queue.push_out(newcomer) is newcomer
 
 
 def test_with_no_place_to_wait_only_what_is_placed_at_once_stays():
@@ -209,32 +222,76 @@ def test_who_waited_too_long_has_every_other_turn():
     assert placed == [0, 3, 1, 4, 2, 5]
 
 
-def test_how_long_those_ahead_will_take_follows_those_that_waited():
-    queue = Queue(limit=1000)
-    for ticket in range(100):
+def test_how_long_one_waits_at_least_follows_how_fast_others_moved_on():
+    queue = Queue(limit=1000, patience=100.0)
+    for ticket in range(200):
         queue.add(entry(ticket, since=0.0))
-    newcomer = entry(100, since=0.0)
+    newcomer = entry(200, since=0.0)
     queue.add(newcomer)
     assert queue.wait_seconds(newcomer) == 0.0, "not known"
-    for ticket in range(40):
+    for ticket in range(136):
         queue.take(ticket, (ticket + 1) / 10)  # 10 a second
-    assert queue.wait_seconds(newcomer) == pytest.approx(60 / 10)
-    urgent = entry(101, priority=1, since=4.0)
+    later = entry(201, since=13.6)
+    queue.add(later)
+    assert queue.ahead(later) == 65
+    assert queue.wait_seconds(later) == pytest.approx((65 - LOOKAHEAD + 1) / 10, rel=0.2)
+    urgent = entry(202, priority=1, since=13.6)
     queue.add(urgent)
     assert queue.wait_seconds(urgent) == 0.0
-    other = entry(102, tenant="other", since=4.0)
+    other = entry(203, tenant="other", since=13.6)
     queue.add(other)
     assert queue.ahead(other) == 1, "those of the first tenant may come later"
 
 
+def test_nobody_is_said_to_wait_longer_than_patience():
+    queue = Queue(limit=1000, patience=2.0)
+    for ticket in range(300):
+        queue.add(entry(ticket, since=0.0))
+    for ticket in range(100):
+        queue.take(ticket, float(ticket))
+    newcomer = entry(300, since=100.0)
+    queue.add(newcomer)
+    assert queue.wait_seconds(newcomer) == 2.0
+
+
 def test_a_quiet_time_does_not_make_the_queue_look_slow():
     queue = Queue(limit=1000)
-    for hour in range(20):  # one an hour, each placed at once
+    for hour in range(1000):  # one an hour, each placed at once
         queue.add(entry(hour, since=hour * 3600.0))
         queue.take(hour, hour * 3600.0)
-    first = entry(100, since=10**6)
-    queue.add(first)
-    assert queue.wait_seconds(first) == 0.0
+    for ticket in range(2000, 2100):
+        queue.add(entry(ticket, since=10.0**7))
+    assert queue.wait_seconds(entry(2099, since=10.0**7)) == 0.0
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.01, 0.1, 1.0]), min_size=1, max_size=30),
+    st.integers(0, 300),
+    st.integers(0, 29),
+)
+def test_the_least_wait_is_one_when_departures_go_on_as_they_did(gaps, ahead, phase):
+    """In a pattern that repeats, whenever in it one comes."""
+    pace, now, cycle = Pace(0.0), 0.0, itertools.cycle(gaps)
+    for _ in range(ENOUGH * 32 + 300 + phase):
+        now += next(cycle)
+        pace.count(now)
+    came = now
+    for _ in range(ahead):
+        now += next(cycle)
+    assert pace.least_seconds(ahead) <= now - came + 1e-6
+
+
+def test_the_fastest_pace_is_forgotten_after_a_while():
+    pace = Pace(0.0)
+    for number in range(100):
+        pace.count(number / 100)
+    for number in range(100):
+        pace.count(700.0 + number)
+    assert pace.least_seconds(8) == pytest.approx(0.08)
+    for number in range(100):
+        pace.count(1400.0 + number)
+    assert pace.least_seconds(8) == pytest.approx(8.0)
+    assert pace.least_seconds(0) == pace.least_seconds(-9) == 0.0
 
 
 OPERATIONS = st.lists(

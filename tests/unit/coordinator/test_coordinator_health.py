@@ -126,6 +126,17 @@ def test_at_most_a_third_of_a_pool_is_avoided(count, most):
     assert len(world.avoided()) == most
 
 
+def test_when_a_pool_shrinks_some_come_back():
+    world = World(9)
+    world.reports(3)
+    world.reports(3, quiet=("w0-0", "w1-0", "w2-0"))
+    assert len(world.avoided()) == 3
+    for name in world.names[5:]:
+        world.health.forget(name)
+    del world.names[5:]
+    assert len(world.avoided()) == 1
+
+
 def test_failures_avoid_a_worker_for_longer_each_time():
     world, lengths = World(4), []
     for _ in range(8):

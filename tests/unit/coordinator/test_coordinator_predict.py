@@ -255,6 +255,9 @@ def test_a_transfer_takes_what_transfers_took():
     for number in range(2, 60):
         rates.report((KvRate("nixl", number * 10**9, 1.0 + 2.0 * (number - 1)),))
     assert rates.seconds(10**9, by) == pytest.approx(2.0, rel=0.02), "by now half as fast"
+    for number in range(1, 50):
+        rates.report((KvRate("nixl", 59 * 10**9 + number * 1000, 117.0 + number),))
+    assert rates.seconds(10**9, by) == pytest.approx(2.0, rel=0.02), "so few bytes say nothing"
     rates.report((KvRate("nixl", 10**9, 2.0),))
     assert rates.seconds(10**9, by) == pytest.approx(2.0, rel=0.02), "a restart is no transfer back"
 
@@ -343,6 +346,15 @@ def test_an_itl_that_nobody_has_alone_on_a_worker_is_refused():
     assert best.itl_seconds == 0.05
     assert unattainable(best, 0.0, 0.026, None, 1.0) is None
     assert unattainable(best, 0.0, 0.024, None, 1.0) is not None
+
+
+def test_a_longer_prompt_that_was_faster_shows_what_is_possible():
+    fastest = Fastest(0.0)
+    for number in range(ENOUGH):
+        fastest.add(1000, 5.0, number)
+    assert fastest.least(2000) == 5.0
+    fastest.add(8000, 1.0, 10.0)
+    assert fastest.least(2000) == 1.0, "those of 1000 were held up"
 
 
 def test_the_fastest_is_forgotten_after_a_while():
