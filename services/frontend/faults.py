@@ -11,6 +11,10 @@ FULL = frozenset({"ENGINE_OVERLOADED", "ROLE_CHANGED"})
 """The worker is well, and will do once it has room, or for the other half of the work: the
 coordinator knows to wait for that."""
 
+REFUSALS = 10
+"""By workers that are full, which weigh as much as one failure: two coordinators may give the same
+room away, and each learns it from the worker, once a heartbeat."""
+
 SOURCE = frozenset(
     {"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"}
 )

@@ -71,6 +71,7 @@ from services.frontend.events import (
     WorkerFailed,
 )
 from services.frontend.faults import (
+    REFUSALS,
     blames_source,
     excludes,
     given_up,
@@ -99,6 +100,7 @@ class Request:
     ended_at: float | None = None
     last_error: TandemError | None = None
     failures: int = 0
+    refusals: int = 0
     moves: int = 0
     move_at: float = 0.0
     numbers: int = 1
@@ -173,11 +175,14 @@ class Request:
             ends = [] if self.successor is None else self._abandon(self.successor)
             return self._end(now, [*ends, Fail(error)])
         self.last_error = error
-        self.failures += 1
+        if excludes(error):
+            self.failures += 1
+        else:
+            self.refusals += 1
         if self.successor is not None:
             self.course, self.successor = self.successor, None
             return []
-        if self.failures >= self.limits.max_attempts:
+        if self.failures + self.refusals // REFUSALS >= self.limits.max_attempts:
             return self._end(now, [Fail(given_up(error, len(self.attempts)))])
         self.course, commands = self._want()
         return commands

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 
 from cli.cluster import LocalCluster
 from loadtest import bench_deaths, deaths_report
 from loadtest.bench_deaths import DeathsOptions
-from tests.e2e.world import SCRIPTED
+from tests.e2e.world import SCRIPTED, Cluster, prompt
 
 SETTINGS = SCRIPTED | {
     "engine.scripted_step_seconds": "0.015",
@@ -51,3 +53,45 @@ async def test_each_process_dies_under_load_and_no_request_fails():
             assert not row.cut, table
     assert max(row.longest_gap for row in report.rows) < PATIENCE, table
     assert max(row.longest_first for row in report.rows) < PATIENCE, table
+
+
+async def test_two_coordinators_that_give_the_same_room_away_twice():
+    """Each hears of the other's placements from the worker, which refuses what is too much."""
+    port = _two_free_ports()
+    settings = SETTINGS | {
+        "engine.max_running": "2",
+        "engine.max_waiting": "0",
+        "worker.heartbeat_seconds": "0.3",
+    }
+    own = {f"frontend-{i}": {"frontend.coordinator": f"127.0.0.1:{port + i}"} for i in range(2)}
+    requests = [
+        prompt(*range(10 + i, 30 + i), max_tokens=20, ignore_eos=True, seed=i) for i in range(10)
+    ]
+    async with LocalCluster(
+        coordinators=2, frontends=2, coordinator_port=port, own=own, settings=settings
+    ) as local:
+        one, other = (Cluster(local, f"frontend-{i}", f"coordinator-{i}") for i in range(2))
+        undisturbed = [await one.ask(request) for request in requests]
+        together = await asyncio.gather(
+            *((one, other)[i % 2].ask(request) for i, request in enumerate(requests))
+        )
+        assert [a.tokens for a in together] == [a.tokens for a in undisturbed]
+        placed = [(await cluster.status()).placed for cluster in (one, other)]
+        assert min(placed) >= len(requests) / 2
+        refused = [a.failure for answer in together for a in answer.last.route.attempts]
+        assert "ENGINE_OVERLOADED" in refused
+        assert set(refused) == {"", "ENGINE_OVERLOADED"}
+        await one.nothing_held()
+        for cluster in (one, other):
+            await cluster.close()
+
+
+def _two_free_ports() -> int:
+    """The first of two in a row."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port

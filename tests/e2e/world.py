@@ -39,12 +39,14 @@ class Answer:
 
 
 class Cluster:
-    """A LocalCluster with its stubs."""
+    """A LocalCluster with its stubs, of one frontend and one coordinator."""
 
-    def __init__(self, local: LocalCluster) -> None:
+    def __init__(
+        self, local: LocalCluster, frontend: str = "frontend", coordinator: str = "coordinator"
+    ) -> None:
         self.local = local
-        self.channel = grpc.aio.insecure_channel(local.address("frontend"))
-        self.coordinator_channel = grpc.aio.insecure_channel(local.address("coordinator"))
+        self.channel = grpc.aio.insecure_channel(local.address(frontend))
+        self.coordinator_channel = grpc.aio.insecure_channel(local.address(coordinator))
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.coordinator = coordinator_pb2_grpc.CoordinatorServiceStub(self.coordinator_channel)
 

@@ -330,7 +330,7 @@ def check_end(world: World) -> None:
     assert len(world.ends) == (0 if ended_silently else 1)
     most = core.limits.max_attempts
     assert core.moves <= most
-    assert len(core.attempts) <= min(most, 1 + world.faults) + core.moves
+    assert len(core.attempts) <= min(most + core.refusals, 1 + world.faults) + core.moves
     if world.ends and isinstance(world.ends[0], e.Finish):
         assert world.emitted == truth.client == core.output
         assert world.text == truth.text

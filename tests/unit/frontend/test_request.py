@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from services.engine.api import FinishReason, KvPrefix, KvReport
 from services.frontend import events as e
 from services.frontend.attempt import State
+from services.frontend.faults import REFUSALS
 from services.frontend.output import Limits
 from services.frontend.patience import Owed
 from services.frontend.request import Request
@@ -179,6 +180,19 @@ def test_a_full_worker_is_reported_and_not_excluded():
     core = start()
     core.handle(e.Placed(0, placement()), 1.0)
     assert core.handle(lost(0, e.Role.PREFILL, "ENGINE_OVERLOADED"), 2.0)[-1] == e.Place(1, ())
+
+
+def test_refusals_of_full_workers_weigh_little_but_not_nothing():
+    core = start()
+    most = REFUSALS * core.limits.max_attempts
+    for attempt in range(most - 1):
+        core.handle(e.Placed(attempt, placement()), 1.0)
+        last = core.handle(lost(attempt, e.Role.PREFILL, "ENGINE_OVERLOADED"), 2.0)[-1]
+        assert last == e.Place(attempt + 1, ())
+    core.handle(e.Placed(most - 1, placement()), 1.0)
+    last = core.handle(lost(most - 1, e.Role.PREFILL, "ENGINE_OVERLOADED"), 2.0)[-1]
+    assert isinstance(last, e.Fail)
+    assert last.error.reason == "ENGINE_OVERLOADED"
 
 
 def test_a_silent_worker_is_told():
