@@ -19,6 +19,7 @@ from rich.table import Table
 from cli import flags
 from cli import load_flags as f
 from cli.cluster import ClusterError, LocalCluster
+from cli.deaths import deaths
 from cli.loadtest import plain_refusals
 from cli.output import INTERRUPTED, CommandError, plain_errors
 from cli.prepare import prepare
@@ -292,6 +293,9 @@ def soak(
             violated.extend(report.violations)
 
         raise typer.Exit(_run(measure) or (1 if violated else 0))
+
+
+app.command()(deaths)
 
 
 @app.command()
