@@ -100,7 +100,7 @@ def act(index: PrefixIndex, truth: dict[str, Truth], step) -> None:
         index.add(name)
         truth[name] = Truth()
     else:
-        index.sweep(1 + one[1] * ROW_PLACES // 8)
+        index.sweep(1 + one[1])
     index.check_integrity()
 
 
