@@ -151,6 +151,9 @@ class Placer:
             refused = unattainable(best, 0.0, want.itl_seconds, None, MAX_RETRY_SECONDS)
             if refused is not None:
                 return refused
+            # A worker without any load won't get faster: nothing better is to be waited for.
+            quick = [c for c in found.candidates if not c.worker.load.requests]
+        if not quick:
             limit = want.itl_seconds * 1e3
             why = f"no decode worker of {want.model} is predicted to keep {limit:g} ms a token"
             return Blocked(why, everyone=False)

@@ -81,6 +81,18 @@ class TestRefusals:
         assert "100 ms apart at best" in refused.message
         cluster.place(itl_seconds=0.5)
 
+    def test_an_itl_that_is_nearly_kept_alone_is_waited_for_only_beside_others(self, cluster):
+        cluster.worker("both-0", max_running=8)
+        for _ in range(ENOUGH):
+            cluster.now += 0.5
+            cluster.beat("both-0", running=1, free_blocks=500, step_seconds=0.1)
+        # Somebody else runs there, who will be done some time.
+        ticket = cluster.ask(itl_seconds=0.08)
+        assert ticket not in cluster.answers
+        cluster.now += 0.5
+        cluster.beat("both-0", running=0, free_blocks=500, step_seconds=0.1)
+        assert cluster.placement(ticket).decode.worker_id == "both-0"
+
 
 class TestHealth:
     def slow_down(self, cluster, names, slow):
