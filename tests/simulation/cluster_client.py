@@ -89,7 +89,7 @@ class Client:
 
     def cancel(self):
         """It goes away."""
-        if not self.ended:
+        if not self.ended and self.frontend is not None:
             self._end("cancelled")
             self.frontend.after(0.001, self.frontend.client_gone, self)
 

@@ -251,10 +251,7 @@ class Coordinator(Process):
                 assert takes > limit, words
 
     def _check_idle(self):
-        """Nobody waits for long beside workers that have nothing to do.
-
-        But for who wants tokens faster than they may be had.
-        """
+        """Nobody waits for long beside workers that have nothing to do."""
         world, since = self.world, self.net.now - IDLE_SECONDS
         if not world.sound(self, 2 * IDLE_SECONDS):
             return
@@ -267,7 +264,7 @@ class Coordinator(Process):
             if w.engine.busy_at <= since and w.role.decodes and world.sound(w, 2 * IDLE_SECONDS)
         ]
         for asked in self.asked.values():
-            if asked.at <= since and not asked.want.itl_seconds:
+            if asked.at <= since:
                 fits = [
                     w.name
                     for w in idle

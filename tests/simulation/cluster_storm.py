@@ -203,7 +203,7 @@ class World(Net):
         if reason == "INVALID_REQUEST":
             fits = [w for w in self.workers if len(client.prompt) + 31 < w.shape.capacity]
             return f"{fits[0].name} can hold it" if fits else ""
-        if live.core.failures >= self.max_attempts:
+        if "attempts" in error.metadata:
             return "in fine weather" if self.weather.fine else ""
         frontend = live.frontend
         if self.loss or not self.sound(frontend, PATIENCE_SECONDS):
@@ -250,6 +250,8 @@ class World(Net):
         for worker in self.workers:
             worker.engine.frozen_until = 0.0
             worker.engine.slowness = 1.0
+            for registration in worker.registrations.values():
+                registration.go_on()
         if not any(w.alive and w.role.decodes and not w.draining for w in self.workers):
             self.start_worker(Role.DECODE)
 

@@ -34,10 +34,11 @@ def test_the_weather_is_rough_enough(counts):
     for what in (
         *("workers killed", "workers drained", "workers slowed", "engines frozen"),
         *("coordinators killed", "frontends killed", "processes stalled", "partitions"),
-        *("workers flapping", "streams broken", "messages lost", "roles changed"),
+        *("workers flapping", "streams broken", "messages lost", "messages doubled"),
         *("attempts failed: WORKER_LOST", "attempts failed: ENGINE_OVERLOADED"),
         *("attempts failed: KV_SOURCE_LOST", "given up as silent", "placed again"),
-        *("refused: NO_WORKERS", "refused: OVERLOADED", "fetches failed", "leases expired"),
+        *("refused: NO_WORKERS", "refused: OVERLOADED", "refused: SLO_UNATTAINABLE"),
+        *("fetches failed", "leases expired", "roles changed", "requests handed back"),
         *("moments of fairness checked", "waits beyond patience"),
         *("requests finished", "requests cancelled", "requests failed: DEADLINE"),
     ):
