@@ -221,12 +221,13 @@ class PrefixIndex:
         if (before == first).all():  # as in most messages
             table.set(at, self._move(holder, first, len(at), take, give))
             return
-        numbers, where, counts = np.unique(before, return_inverse=True, return_counts=True)
-        after = [
+        numbers, counts = np.unique(before, return_counts=True)
+        after = np.zeros(int(numbers[-1]) + 1, np.uint32)
+        after[numbers] = [
             self._move(holder, number, count, take, give)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
         ]
-        table.set(at, np.array(after, np.uint32)[where])
+        table.set(at, after[before])
 
     def _move(self, holder: _Holder, number: int, blocks: int, take: int, give: int) -> int:
         """The number of a set less some bits and with others, for so many blocks that had it."""
