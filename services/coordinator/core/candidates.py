@@ -84,13 +84,20 @@ def find(
     """Workers with room for the request: of the shortlist if it has any, else of the pool.
 
     Those that are avoided are left only where there is nobody else. `beside` is where the KV of a
-    prompt is to go.
+    prompt is to go: another worker, which its rules let it go to.
     """
+
+    def serves(worker: Worker) -> bool:
+        if beside is None:
+            return True
+        return worker is not beside and worker.info.may_send_to(beside.info, want.tenant)
+
     found = Field()
     workers = {} if whole else _shortlist(view, side, role, want, found)
+    workers = {n: w for n, w in workers.items() if serves(w)}
     usable = {n: w for n, w in workers.items() if not w.avoided}
     if not usable:
-        everyone = {w.worker_id: w for w in side.roomy if fits(w, want)}
+        everyone = {w.worker_id: w for w in side.roomy if serves(w) and fits(w, want)}
         usable = {n: w for n, w in everyone.items() if not w.avoided} or everyone
     for worker in workers.values():
         if worker.worker_id not in usable:

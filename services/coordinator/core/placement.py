@@ -224,12 +224,7 @@ class Placer:
                 self._view, one.pool.prefill, Role.PREFILL, one.want, decode.worker, whole=whole
             )
             one.out += () if whole else found.out
-            sink = decode.worker
-            return [
-                c
-                for c in found.candidates
-                if c.worker is not sink and reasons.may_send(c.worker, sink, one.want)
-            ]
+            return found.candidates
 
         some = candidates(whole=False)
         equal = [c for c in some if c.worker.info.numerics == numerics]

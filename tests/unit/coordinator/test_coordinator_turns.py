@@ -114,6 +114,16 @@ class TestHealth:
         where = cluster.place(exclude=["both-0", "both-2"]).decode.worker_id
         assert where == "both-1"
 
+    def test_an_avoided_worker_computes_the_prompt_if_nobody_else_can(self, cluster):
+        names = ["both-0", "both-1", "both-2"]
+        for name in names:
+            cluster.worker(name)
+        self.slow_down(cluster, names, "both-1")
+        # The other one that is well is where the KV is to go.
+        placed = cluster.place(tokens=400, exclude=["both-2"])
+        assert placed.decode.worker_id == "both-0"
+        assert placed.prefill.worker_id == "both-1"
+
     def test_the_only_worker_is_never_avoided(self, cluster):
         cluster.worker("both-0")
         for _ in range(20):
