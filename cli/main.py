@@ -363,10 +363,10 @@ def status(
 ) -> None:
     """Show workers, their load, their KV pools, how KV moved, and what the coordinator decided."""
     with plain_errors():
-        from cli import flags
+        from cli import found
         from cli import status as module
 
-        where = coordinator or flags.addresses(config, os.environ)[1]
+        where = coordinator or found.coordinators(config, os.environ)
         _run(module.watch(where) if watch else module.show(where, as_json=as_json))
 
 
@@ -387,9 +387,9 @@ def explain(
     """Say why a request went where it did, what it waited for, or why it was refused."""
     with plain_errors():
         from cli import explain as module
-        from cli import flags
+        from cli import found
 
-        where = coordinator or [flags.addresses(config, os.environ)[1]]
+        where = coordinator or [found.coordinators(config, os.environ)]
         _run(module.show(where, request_id, as_json=as_json))
 
 

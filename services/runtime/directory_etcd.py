@@ -124,15 +124,6 @@ class EtcdDirectory:
         keeping = self._keep_up("the entry of this process", be_listed)
         self._tasks.append(asyncio.create_task(keeping))
 
-    async def members(self, kind: Kind) -> tuple[Member, ...]:
-        """Everybody listed, by id. Raises grpc.aio.AioRpcError if no etcd answers."""
-        for etcd in self._etcds:
-            try:
-                return await self._read(etcd, kind)
-            except grpc.aio.AioRpcError as error:
-                failure = error
-        raise failure
-
     async def close(self) -> None:
         """See Directory."""
         for task in self._tasks:
@@ -180,7 +171,7 @@ class EtcdDirectory:
 
     async def _follow(self, etcd: Etcd, well: Callable[[], None]) -> None:
         """Reads the coordinators at every change, until the watch breaks."""
-        first, last = self._span(Kind.COORDINATOR)
+        first, last = _span(self._settings.cluster, Kind.COORDINATOR)
         found = await etcd.range(pb.RangeRequest(key=first, range_end=last), timeout=CALL_SECONDS)
         self._take(found)
         well()
@@ -201,7 +192,7 @@ class EtcdDirectory:
 
     def _take(self, found: pb.RangeResponse) -> None:
         """Goes by what etcd knows, unless it knows nobody."""
-        members = self._members(Kind.COORDINATOR, found)
+        members = _members(self._settings.cluster, Kind.COORDINATOR, found)
         if members and self._known.set([m.address for m in members]):
             log.info("coordinators: %s", ", ".join(self.coordinators))
         elif not members and self.coordinators:
@@ -211,7 +202,7 @@ class EtcdDirectory:
         """A lease and the key, until the lease is lost or etcd does not answer."""
         grant = pb.LeaseGrantRequest(ttl=self._settings.lease_seconds)
         granted = await etcd.grant(grant, timeout=CALL_SECONDS)
-        key = self._span(member.kind)[0] + member.member_id.encode()
+        key = _span(self._settings.cluster, member.kind)[0] + member.member_id.encode()
         put = pb.PutRequest(key=key, value=member.address.encode(), lease=granted.id)
         await etcd.put(put, timeout=CALL_SECONDS)
         self._leases[member] = etcd, granted.id
@@ -228,25 +219,39 @@ class EtcdDirectory:
         finally:
             call.cancel()
 
-    async def _read(self, etcd: Etcd, kind: Kind) -> tuple[Member, ...]:
-        first, last = self._span(kind)
-        request = pb.RangeRequest(key=first, range_end=last)
-        return self._members(kind, await etcd.range(request, timeout=CALL_SECONDS))
 
-    def _members(self, kind: Kind, found: pb.RangeResponse) -> tuple[Member, ...]:
-        """Of etcd's keys those that say what they should."""
-        first, _ = self._span(kind)
-        members = []
-        for kv in found.kvs:
-            address = kv.value.decode(errors="replace")
-            if _ADDRESS.fullmatch(address):
-                name = kv.key.removeprefix(first).decode(errors="replace")
-                members.append(Member(kind, name, address))
-            else:
-                log.warning("etcd: %r says %.80r, which is no host:port", kv.key, address)
-        return tuple(members)
+async def members(settings: DirectorySettings, kind: Kind) -> tuple[Member, ...]:
+    """Everybody of a kind that is listed, by id. Raises grpc.aio.AioRpcError if no etcd answers."""
+    first, last = _span(settings.cluster, kind)
+    etcds = [Etcd(address) for address in settings.etcd]
+    try:
+        for etcd in etcds:
+            try:
+                request = pb.RangeRequest(key=first, range_end=last)
+                found = await etcd.range(request, timeout=CALL_SECONDS)
+                return _members(settings.cluster, kind, found)
+            except grpc.aio.AioRpcError as error:
+                failure = error
+        raise failure
+    finally:
+        await asyncio.gather(*(etcd.channel.close() for etcd in etcds))
 
-    def _span(self, kind: Kind) -> tuple[bytes, bytes]:
-        """The first key of a kind, and the first one behind its last."""
-        folder = f"/tandem/{self._settings.cluster}/{kind}"
-        return f"{folder}/".encode(), f"{folder}0".encode()  # "0" follows "/"
+
+def _members(cluster: str, kind: Kind, found: pb.RangeResponse) -> tuple[Member, ...]:
+    """Of etcd's keys those that say what they should."""
+    first, _ = _span(cluster, kind)
+    members = []
+    for kv in found.kvs:
+        address = kv.value.decode(errors="replace")
+        if _ADDRESS.fullmatch(address):
+            name = kv.key.removeprefix(first).decode(errors="replace")
+            members.append(Member(kind, name, address))
+        else:
+            log.warning("etcd: %r says %.80r, which is no host:port", kv.key, address)
+    return tuple(members)
+
+
+def _span(cluster: str, kind: Kind) -> tuple[bytes, bytes]:
+    """The first key of a kind, and the first one behind its last."""
+    folder = f"/tandem/{cluster}/{kind}"
+    return f"{folder}/".encode(), f"{folder}0".encode()  # "0" follows "/"
