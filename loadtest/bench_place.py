@@ -44,6 +44,8 @@ class Cell:
 
     workers: int
     prompt_tokens: int
+    calls: int
+    wall_seconds: float
     cpu_us: float
     """For one Place and its Report."""
     heartbeats_share: float
@@ -185,7 +187,7 @@ async def _load(
     spent, wall = meter.lap()
     done = calls // concurrency * concurrency
     share = beats / idle
-    return Cell(workers, tokens, (spent - share * wall) / done * 1e6, share)
+    return Cell(workers, tokens, done, wall, (spent - share * wall) / done * 1e6, share)
 
 
 class _Meter:
