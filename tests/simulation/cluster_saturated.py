@@ -131,8 +131,10 @@ class Saturated(World):
             self._check_patience(coordinator)
 
     def _look(self, core):
-        fairness, line = core.desk.queue.fairness, Line("m", 0)
-        waits = {a.want.tenant for a in self.coordinators["c0"].asked.values()}
+        """Once the core has given away all the room there was: who still waits?"""
+        queue, line = core.desk.queue, Line("m", 0)
+        fairness = queue.fairness
+        waits = {entry.request.tenant for entry in queue.lane("m")}
         counters = {t: fairness.counter(line, t) for t in sorted(waits)}
         self.seen.append(Seen(self.now, counters, dict(self.got)))
 
