@@ -320,7 +320,8 @@ class KvStore(BlockStore):
             if watch.tenant != lease.tenant:  # It came before its lease was opened.
                 watch.failure = WrongTenantError.of(lease_id)
                 continue
-            for key in watch.unbound & lease.blocks.keys():
+            # The prefix's first blocks first: without them the rest is of no use.
+            for key in [key for key in lease.blocks if key in watch.unbound]:
                 block, index = lease.blocks[key], watch.indices[key]
                 done = self._ready[block] if self._pool.key(block) == key else 0
                 ready = [

@@ -92,6 +92,13 @@ def test_wakes_once_until_taken_from(store):
     assert len(store.take(fetch.watch, 100)) == 5
 
 
+def test_pieces_come_in_the_order_of_the_blocks(store):
+    filled(store, KEYS[:6])
+    pieces = Fetch(store, "a", KEYS[:6]).take()
+    assert [p.key_index for p in pieces] == sorted(p.key_index for p in pieces)
+    assert len(pieces) == 6 * store.grid.count
+
+
 def test_a_fetch_may_come_before_its_lease(store):
     fetch = Fetch(store, "a", KEYS[:2])
     assert fetch.take() == []
