@@ -103,7 +103,7 @@ class Frontend(Process):
         self.world = world
         self.decode_links: dict[str, Link] = {}
         self.prefill_pulses: dict[str, Pulse] = {}
-        self.live: set[Live] = set()
+        self.live: dict[Live, None] = {}
         self.patience = Patience(world.silence_seconds, world.stall_seconds)
         self.awake_since = -math.inf
         self.replicas = Replicas(self)
@@ -159,7 +159,7 @@ class Live:
         self.calls: dict[int, PrefillCall] = {}
         self.placing: dict[int, PlaceCall] = {}
         self.told: Told | None = None
-        frontend.live.add(self)
+        frontend.live[self] = None
         frontend.after(self.deadline - self.net.now, self.feed, e.DeadlinePassed())
         self.look_at(self.net.now + frontend.patience.look_seconds)
         self.act(self.core.start())
@@ -172,7 +172,7 @@ class Live:
         if not self.ended:
             self.act(self.core.handle(event, self.net.now))
             if self.ended:
-                self.frontend.live.discard(self)
+                self.frontend.live.pop(self, None)
 
     def act(self, commands):
         for command in commands:

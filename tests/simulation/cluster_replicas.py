@@ -24,12 +24,12 @@ class Replica:
         self.replicas, self.frontend, self.place = replicas, replicas.frontend, place
         self.up, self.up_since = True, -math.inf
         self.heard_at = -math.inf
-        self.calls: set[PlaceCall] = set()
+        self.calls: dict[PlaceCall, None] = {}
         self._looking = False
 
     def ask(self, call):
         coordinator = self.frontend.world.coordinators[self.place]
-        self.calls.add(call)
+        self.calls[call] = None
         self.look()
         stream = Stream(self.frontend, coordinator, lambda: self.broken(call, stream))
         left = max(0.001, call.deadline - self.frontend.net.now)
@@ -37,11 +37,11 @@ class Replica:
         return stream
 
     def answered(self, call):
-        self.calls.discard(call)
+        self.calls.pop(call, None)
         self.hear()
 
     def broken(self, call, stream):
-        self.calls.discard(call)
+        self.calls.pop(call, None)
         self.lose()
         call.away(stream)
 
@@ -209,6 +209,6 @@ class PlaceCall:
     def _close(self):
         self.over = True
         if self.replica is not None:
-            self.replica.calls.discard(self)
+            self.replica.calls.pop(self, None)
         if self.stream is not None:
             self.stream.end(by=0)

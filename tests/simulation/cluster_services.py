@@ -71,7 +71,7 @@ class DecodeStream:
 
     def __init__(self, service, stream, sink):
         self.service, self.stream, self.sink = service, stream, sink
-        self.requests: set[str] = set()
+        self.requests: dict[str, None] = {}
         self.frame: list = []
         stream.lost[1] = self.gone
 
@@ -126,7 +126,7 @@ class DecodeService:
             owner.put(name, finish_reason=FinishReason.ERROR, error=error)
             return
         self.owner[name] = owner
-        owner.requests.add(name)
+        owner.requests[name] = None
         self.worker.after(left, self.expire, owner, name)
 
     def proceed(self, owner, name, token_ids, handle):
@@ -148,7 +148,7 @@ class DecodeService:
         owner.put(name, finish_reason=FinishReason.ERROR, error=why)
 
     def forget(self, name):
-        self.owner.pop(name).requests.discard(name)
+        self.owner.pop(name).requests.pop(name, None)
         self.moving.discard(name)
 
     def deliver(self, outputs):

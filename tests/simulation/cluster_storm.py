@@ -44,7 +44,7 @@ class World(Net):
         self.workers: list[Worker] = []
         self._at: dict[str, Worker] = {}
         self.clients: list[Client] = []
-        self.waiting: set[Client] = set()
+        self.waiting: dict[Client, None] = {}
         self.build()
 
     def build(self):
@@ -176,7 +176,7 @@ class World(Net):
         frontends = [f for f in self.frontends if f.alive]
         if not frontends:
             return
-        self.waiting.add(client)
+        self.waiting[client] = None
         client.frontend = self.random.choice(frontends)
         asked = (len(client.prompt), client.sampling.max_tokens, client.deadline)
         self.note("client", client.id, *asked, client.frontend.name)
@@ -184,7 +184,7 @@ class World(Net):
 
     def ended(self, client):
         """A client's request did."""
-        self.waiting.discard(client)
+        self.waiting.pop(client, None)
 
     def placed(self, coordinator, asked):
         """A coordinator placed a request."""
