@@ -98,7 +98,8 @@ class Replica:
             self._given_up.discard(call)
 
     async def close(self) -> None:
-        """Looks after it no more."""
+        """Looks after it no more. Who waits for it is told that it is away, and asks another."""
+        self._give_up()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)

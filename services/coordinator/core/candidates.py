@@ -141,9 +141,11 @@ def _shortlist(
     if last is not None:
         take(iter((last,)), 1)
     if want.adapter:
-        take(iter(side.with_adapter.get(want.adapter, {}).values()), SHORTLIST)
-    if len(side.in_region) > 1 and want.region in side.in_region:
-        take(islice(side.in_region[want.region], SHORTLIST), SHORTLIST)
+        loaded = side.with_adapter.get(want.adapter, {}).values()
+        take(islice(loaded, 4 * SHORTLIST), SHORTLIST)
+    for region in want.allowed_regions or {want.region}:
+        if len(side.in_region) > 1 and region in side.in_region:
+            take(islice(side.in_region[region], SHORTLIST), SHORTLIST)
     take(islice(side.roomy, SHORTLIST), SHORTLIST)
     return some
 

@@ -35,6 +35,13 @@ WORKER_FULL = frozenset({"ENGINE_OVERLOADED", "DRAINING", "ROLE_CHANGED"})
 WORKER_SILENT = "WORKER_SILENT"
 """It accepted, and then sent nothing."""
 
+NOT_ITS_FAULT = WORKER_FULL | {
+    *("DEADLINE", "INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "CANCELLED"),
+    *("LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"),
+}
+"""Failures that say nothing of a worker's health: it is full, it is the request, or it is the two
+workers together."""
+
 
 class Core:
     """See the module's docstring. `draw` gives numbers in [0, 1); `now` never goes back."""
@@ -83,8 +90,10 @@ class Core:
         standing, load = Standing.GONE, Load(info, event.stats)
         if known is not None:
             standing = Standing.DRAINING if known.standing is Standing.DRAINING else Standing.GONE
-            load = known.load
-            load.report(event.stats, now)
+            if known.load.fits_shape(info):
+                load = known.load
+                load.info = info
+                load.report(event.stats, now)
         self._make_way(event, now)
         worker = Worker(
             info=info,
@@ -131,7 +140,7 @@ class Core:
         back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
         if back or load.room > room or load.free_blocks > blocks or load.fit_blocks > fit:
-            self.desk.serve(worker.info.model, now)
+            self.desk.serve(worker.info.model, now, by=worker)
 
     def _measure(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:
         """Takes note of how fast it is, and whether it is better avoided."""
@@ -226,7 +235,7 @@ class Core:
             self.desk.misses(failed, now)
         if event.failure in WORKER_FULL:
             failed.load.refuse()
-        else:
+        elif event.failure not in NOT_ITS_FAULT:
             self._health.failed(failed.worker_id, now, silent=event.failure == WORKER_SILENT)
             failed.avoided = self._health.avoided(failed.worker_id, now)
         self.pools.put(failed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from services.coordinator.core import messages as m
 from services.coordinator.core.admission import PlacementRate, Queue, Waiting
 from services.coordinator.core.balance import Queued
-from services.coordinator.core.candidates import View
+from services.coordinator.core.candidates import View, fits
 from services.coordinator.core.explain import Explanations
 from services.coordinator.core.fairness import Charge
 from services.coordinator.core.load import AttemptId, Booking
@@ -141,7 +141,7 @@ class Desk:
         self._view.predictor.ended(attempt.forecast, event.ttft_seconds, computed, now)
         decode = self._release((event.request_id, event.attempt))
         if decode is not None:
-            self.serve(decode.info.model, now)
+            self.serve(decode.info.model, now, by=decode)
 
     def tick(self, now: float) -> None:
         """Time passed."""
@@ -169,10 +169,10 @@ class Desk:
         if worker.info.role.decodes:
             self._bereft[worker.info.model] = now
 
-    def serve(self, model: str, now: float) -> None:
-        """Room may have appeared."""
+    def serve(self, model: str, now: float, *, by: Worker | None = None) -> None:
+        """Room may have appeared; `by`: on this worker alone, so others need not be looked at."""
         for lane in (model, ""):
-            while self._serve_one(lane, now):
+            while self._serve_one(lane, now, by):
                 pass
 
     def queued(self, model: str) -> Queued:
@@ -327,12 +327,14 @@ class Desk:
         self.explanations.refused(entry.request, refused, now)
         self.out.append(m.RefusePlacement(entry.ticket, refused))
 
-    def _serve_one(self, lane: str, now: float) -> bool:
+    def _serve_one(self, lane: str, now: float, by: Worker | None) -> bool:
         """Answers one request of a lane if it can; so the next one may get its turn."""
         for entry in self.queue.head(lane, now):
             if entry.late(now):
                 self._refuse_late(entry, now)
                 return True
+            if by is not None and not fits(by, entry.request):
+                continue
             outcome = self._decide(entry, now)
             if isinstance(outcome, Blocked):
                 if outcome.everyone:

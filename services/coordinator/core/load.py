@@ -81,6 +81,13 @@ class Load:
         self.limit = sum(rank.limit for rank in self.ranks)
         self._sum_up()
 
+    def fits_shape(self, info: WorkerInfo) -> bool:
+        """Whether the books can go on for what says to be the same worker."""
+        mine = self.info
+        return (mine.dp_ranks, mine.total_blocks, mine.max_running, mine.block_tokens) == (
+            *(info.dp_ranks, info.total_blocks, info.max_running, info.block_tokens),
+        )
+
     def fits(self, blocks: int) -> bool:
         """Whether some rank has room for a request that needs so many KV blocks, at least 1."""
         return blocks <= self.fit_blocks

@@ -228,7 +228,8 @@ class Placer:
 
         some = candidates(whole=False)
         equal = [c for c in some if c.worker.info.numerics == numerics]
-        if not some or (numerics and not equal):
+        if numerics and not equal and numerics in one.pool.prefill.numerics:
+            # It may be busy, and still be worth waiting behind: none of the shortlist's is as good.
             some = candidates(whole=True)
             equal = [c for c in some if c.worker.info.numerics == numerics]
         choice = equal if numerics and equal else some

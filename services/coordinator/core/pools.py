@@ -90,6 +90,8 @@ class Side:
     """Those of `up` that have a LoRA adapter loaded, by adapter."""
     roles: dict[Role, int] = field(default_factory=dict)
     """How many of `up` have each role."""
+    numerics: dict[str, int] = field(default_factory=dict)
+    """How many of `up` have each numerics."""
     _adapters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _role_of: dict[str, Role] = field(default_factory=dict)
 
@@ -118,11 +120,16 @@ class Side:
         before = self._role_of.get(worker.worker_id)
         if before is role:
             return
+        numerics = worker.info.numerics
         if before is not None:
             self.roles[before] -= 1
+            self.numerics[numerics] -= 1
+            if not self.numerics[numerics]:
+                del self.numerics[numerics]
             del self._role_of[worker.worker_id]
         if role is not None:
             self.roles[role] = self.roles.get(role, 0) + 1
+            self.numerics[numerics] = self.numerics.get(numerics, 0) + 1
             self._role_of[worker.worker_id] = role
 
     def _near(self, region: str) -> LoadOrder:

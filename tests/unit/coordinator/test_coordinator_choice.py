@@ -211,3 +211,31 @@ class TestServiceLevel:
         assert refused.reason is m.Reason.SLO_UNATTAINABLE
         assert "in the queue" in refused.message
         assert cluster.ask(32, ttft_seconds=60.0) not in cluster.answers
+
+
+class TestBlame:
+    def test_what_is_not_a_workers_fault_is_not_held_against_it(self, cluster):
+        for number in range(4):
+            cluster.worker(f"decode-{number}")
+        for number, failure in enumerate(["DEADLINE", "INVALID_REQUEST", "NO_TRANSPORT"] * 5):
+            cluster.wait(1.0, beat=[f"decode-{n}" for n in range(4)])
+            cluster.do(m.AttemptEnded(f"r{number}", 0, "decode-0", failure))
+        assert cluster.core.members.get("decode-0").avoided == ""
+
+    def test_what_is_its_fault_is(self, cluster):
+        for number in range(4):
+            cluster.worker(f"decode-{number}")
+        for number in range(8):
+            cluster.wait(1.0, beat=[f"decode-{n}" for n in range(4)])
+            cluster.do(m.AttemptEnded(f"r{number}", 0, "decode-0", "ENGINE_FAILED"))
+        assert "failures" in cluster.core.members.get("decode-0").avoided
+        assert cluster.place(32).decode.worker_id != "decode-0"
+
+
+class TestReturn:
+    def test_a_worker_that_says_it_is_larger_now_has_new_books(self, cluster):
+        cluster.worker("decode-0", max_running=1)
+        for _ in range(2):
+            cluster.place(32)
+        cluster.worker("decode-0", max_running=40, dp_ranks=2)
+        assert {cluster.place(32).decode.dp_rank for _ in range(8)} == {0, 1}
