@@ -19,6 +19,7 @@ from tests.simulation.cluster_storm import World
 COMMAND = "python -m tests.simulation.cluster_world"
 SATURATED_EVERY = 25
 AT_ONCE = 50
+FAILURES_SHOWN = 10
 
 
 def play(seed, trace=False):
@@ -73,6 +74,8 @@ def main():
             else:
                 failed += 1
                 print(f"VIOLATED: {done[1]}", flush=True)
+                if failed == FAILURES_SHOWN:
+                    return 1
         pool.close()
         pool.join()
     seconds = time.perf_counter() - began
