@@ -27,6 +27,9 @@ import numpy as np
 from services.coordinator.core.sets import WorkerSets
 from services.coordinator.core.table import KeyTable, tags_of
 
+FEW = 8
+"""Keys that are faster looked for one by one."""
+
 
 @dataclass(slots=True)
 class _Holder:
@@ -208,6 +211,10 @@ class PrefixIndex:
         if not keys:
             return
         self._asked = ()
+        if len(keys) <= FEW:
+            for key in keys:
+                self._change_one(holder, key, take, give)
+            return
         tags, table = tags_of(keys), self._table
         if give:
             while (at := table.claim(tags)) is None:
@@ -228,6 +235,19 @@ class PrefixIndex:
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
         ]
         table.set(at, after[before])
+
+    def _change_one(self, holder: _Holder, key: bytes, take: int, give: int) -> None:
+        table = self._table
+        at = table.place(key)
+        if at < 0:
+            if not give:
+                return
+            while (at := table.claim_one(key)) < 0:
+                self._make_room()
+        before = table.numbers.item(at)
+        after = self._move(holder, before, 1, take, give)
+        if after != before:
+            table.set_one(at, after)
 
     def _move(self, holder: _Holder, number: int, blocks: int, take: int, give: int) -> int:
         """The number of a set less some bits and with others, for so many blocks that had it."""

@@ -1,19 +1,18 @@
 """A hash table from keys to small numbers, for millions of keys: 12 bytes a place, no objects.
 
-A key is known by its tag, its last 8 bytes: keys are hashes, so two keys of one tag are as good as
-never met, and would be one key here. A tag times a secret names a row of 8 places, one cache line,
-in any of which it may be. A key whose row is full goes to one of the spare places behind all rows,
-which a dict knows. When these are used up the table doubles: row r becomes rows 2r and 2r + 1, and
-nothing moves within a row, so that this is a copy. So between a third and two thirds of the places
-are in use, and few keys are spilled. A batch of keys is looked for at once; a single one by a
-search through its row's bytes.
+A key is known by its tag, 64 bits of its hash; two keys of one tag are one key here. The tag's
+upper bits name a row of 8 places, one cache line, in any of which it may be. A key whose row is
+full goes to one of the spare places behind all rows, which a dict knows. When these are used up the
+table doubles: row r becomes rows 2r and 2r + 1, and nothing moves within a row, so that this is a
+copy and no hashing. So between a third and two thirds of the places are in use, and few keys are
+spilled. A batch of keys is looked for at once; a single one by a search through its row's bytes.
 
-Who makes prompts may choose their keys' bits, if with work, but not the row that they fall in.
+Rows are named by Python's keyed hash, so nobody can aim at one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from struct import Struct
 
 import numpy as np
@@ -27,21 +26,18 @@ _ROWS_FOR_A_SPARE = 4
 _ROWS_AT_ONCE = 4096
 """Rows copied at once when the table grows: what stays in a core's cache."""
 
-# Python's hash of bytes is keyed anew in each process.
-_SECRET = hash(b"rows of the prefix index") | 1
-_FREE = hash(b"a place without a key")
-_ROW_SECRET = np.int64(_SECRET)
-
-_tag_in = Struct("=8xq").unpack
+_raw = Struct("=q").pack
 
 Tags = NDArray[np.int64]
-Rows = NDArray[np.int64]
 Places = NDArray[np.int64]
 
 
-def tags_of(keys: Iterable[bytes]) -> Tags:
-    """The distinct tags of keys of 16 bytes, in order."""
-    tags = np.sort(np.frombuffer(b"".join(keys), np.int64)[1::2])
+def tags_of(keys: Collection[bytes]) -> Tags:
+    """The distinct tags of keys, in order."""
+    tags = np.fromiter(map(hash, keys), np.int64, len(keys))
+    # A hash is never -1, so its complement is never 0, which stands for no key.
+    np.invert(tags, tags)
+    tags.sort()
     twice = tags[1:] == tags[:-1]
     return np.delete(tags, np.flatnonzero(twice)) if twice.any() else tags
 
@@ -58,15 +54,33 @@ class KeyTable:
 
     def get(self, key: bytes) -> int:
         """The number of one key."""
-        tag = _tag_in(key)[0]
-        start = (tag * _SECRET >> self._shift & self._mask) * _ROW_BYTES
-        raw, end = key[_TAG_BYTES:], start + _ROW_BYTES
-        at = self._bytes.find(raw, start, end)
-        while at > 0 and at & 7:  # the end of one tag and the start of the next
-            at = self._bytes.find(raw, at + 1, end)
-        if at >= 0:
-            return self._number[at >> 3]
-        return self._number[self._spilled[tag]] if tag in self._spilled else 0
+        at = self.place(key)
+        return self._number[at] if at >= 0 else 0
+
+    def place(self, key: bytes) -> int:
+        """The place of one key; -1: it is not here."""
+        tag = ~hash(key)
+        at = self._place_in_row(tag, tag)
+        return at if at >= 0 or tag not in self._spilled else self._spilled[tag]
+
+    def claim_one(self, key: bytes) -> int:
+        """As claim(), for a key that is not here. -1 if there is no room."""
+        tag = ~hash(key)
+        at = self._place_in_row(tag, 0)
+        if at < 0:
+            return self._spill(tag) if self._spare else -1
+        self._tags[at] = tag
+        return at
+
+    def set_one(self, place: int, number: int) -> None:
+        """As set()."""
+        self._number[place] = number
+        if number:
+            return
+        if place < self._rows.size:
+            self._tags[place] = 0
+        else:
+            self._free(np.array([place]))
 
     def find(self, tags: Tags) -> Places:
         """The places of those of the tags that are here."""
@@ -82,8 +96,8 @@ class KeyTable:
         at, new = self._search(tags, rows)
         while len(new):
             wanted = tags[new]
-            free = self._first(rows[new], _FREE)
-            full = self._tags[free] != _FREE
+            free = self._first(rows[new], 0)
+            full = self._tags[free] != 0
             if full.any():
                 for i in new[full].tolist():
                     if not self._spare:
@@ -108,16 +122,14 @@ class KeyTable:
         """Doubles the table."""
         rows, numbers, spilled = self._rows, self.numbers, self._spilled
         self._resize(2 * len(rows))
-        halves = self._rows.reshape(len(rows), 2, ROW_PLACES)
         places = numbers[: rows.size].reshape(rows.shape)
-        halved = self.numbers[: 2 * rows.size].reshape(halves.shape)
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            some = slice(first, first + _ROWS_AT_ONCE)
-            odd = rows[some] * _ROW_SECRET >> self._shift & 1
-            for half in (0, 1):
-                here = odd == half
-                np.copyto(halves[some, half], rows[some], where=here)
-                np.copyto(halved[some, half], places[some], where=here)
+        for old, new in ((rows, self._rows), (places, self.numbers[: 2 * rows.size])):
+            halves = new.reshape(len(rows), 2, ROW_PLACES)
+            for first in range(0, len(rows), _ROWS_AT_ONCE):
+                some = slice(first, first + _ROWS_AT_ONCE)
+                odd = rows[some] >> self._shift & 1
+                np.multiply(old[some], odd, out=halves[some, 1], casting="unsafe")
+                np.subtract(old[some], halves[some, 1], out=halves[some, 0])
         if spilled:
             tags = np.array(sorted(spilled), np.int64)
             while (at := self.claim(tags)) is None:
@@ -126,7 +138,7 @@ class KeyTable:
 
     def check_integrity(self) -> None:
         """Every key is in its row or spilled, once, and has a number. Raises AssertionError."""
-        held = np.flatnonzero(self._tags != _FREE)
+        held = np.flatnonzero(self._tags)
         tags, rows = self._tags[held], self._rows_of(self._tags[held])
         assert np.array_equal(held, np.flatnonzero(self.numbers)), "a key without a number"
         assert len(np.unique(tags)) == len(tags), "a key has two places"
@@ -141,16 +153,25 @@ class KeyTable:
         assert {*self._spare, *spilled.values()} == every, "a spare place is lost"
         assert len(self._spare) + len(spilled) == len(every), "a spare place is there twice"
 
-    def _rows_of(self, tags: Tags) -> Rows:
-        rows: Rows = tags * _ROW_SECRET >> self._shift & self._mask
+    def _rows_of(self, tags: Tags) -> NDArray[np.int64]:
+        rows: NDArray[np.int64] = tags >> self._shift & self._mask
         return rows
 
-    def _first(self, rows: Rows, wanted: Tags | int) -> Places:
+    def _place_in_row(self, tag: int, wanted: int) -> int:
+        """The first place with what is wanted in the row of a tag; -1: none has it."""
+        raw, start = _raw(wanted), (tag >> self._shift & self._mask) * _ROW_BYTES
+        end = start + _ROW_BYTES
+        at = self._bytes.find(raw, start, end)
+        while at & 7 and at > 0:  # the end of one tag and the start of the next
+            at = self._bytes.find(raw, at + 1, end)
+        return at >> 3
+
+    def _first(self, rows: NDArray[np.int64], wanted: Tags | int) -> Places:
         """The first place with what is wanted in each row; any place of it if none has."""
         places: Places = rows * ROW_PLACES + (self._rows.take(rows, 0) == wanted).argmax(1)
         return places
 
-    def _search(self, tags: Tags, rows: Rows) -> tuple[Places, NDArray[np.int64]]:
+    def _search(self, tags: Tags, rows: NDArray[np.int64]) -> tuple[Places, NDArray[np.int64]]:
         """Places, and which of the tags are not here: their places are of no meaning."""
         at = self._first(rows, tags[:, None])
         missing = np.flatnonzero(self._tags[at] != tags)
@@ -164,7 +185,7 @@ class KeyTable:
 
     def _spill(self, tag: int) -> int:
         """Gives a tag a spare place; there is one."""
-        self._spills[tag * _SECRET >> self._shift & self._mask] += 1
+        self._spills[tag >> self._shift & self._mask] += 1
         self._spilled[tag] = place = self._spare.pop()
         self._tags[place] = tag
         return place
@@ -172,10 +193,10 @@ class KeyTable:
     def _free(self, places: Places) -> None:
         for place in places[places >= self._rows.size].tolist():
             tag = int(self._tags[place])
-            self._spills[tag * _SECRET >> self._shift & self._mask] -= 1
+            self._spills[tag >> self._shift & self._mask] -= 1
             del self._spilled[tag]
             self._spare.append(place)
-        self._tags[places] = _FREE
+        self._tags[places] = 0
 
     def _resize(self, rows: int) -> None:
         places = rows * ROW_PLACES
@@ -184,7 +205,6 @@ class KeyTable:
         self._bytes = bytearray((places + spare) * _TAG_BYTES)
         # The same memory for batches.
         self._tags: Tags = np.frombuffer(self._bytes, np.int64)
-        self._tags.fill(_FREE)
         self._rows = self._tags[:places].reshape(rows, ROW_PLACES)
         self.numbers: NDArray[np.uint32] = np.zeros(places + spare, np.uint32)
         """Of each place, for reading."""

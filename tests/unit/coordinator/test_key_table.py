@@ -12,6 +12,11 @@ from services.coordinator.core.table import ROW_PLACES, KeyTable, tags_of
 
 
 def put(table: KeyTable, keys: list[bytes], number: int) -> None:
+    if len(set(keys)) == 1:
+        while (one := table.place(keys[0])) < 0 and (one := table.claim_one(keys[0])) < 0:
+            table.grow()
+        table.set_one(one, number)
+        return
     while (at := table.claim(tags_of(keys))) is None:
         table.grow()
     table.set(at, number)
@@ -27,6 +32,12 @@ def test_equals_a_dict(largest):
         if draw.random() < 0.7:
             put(table, keys, step + 1)
             truth |= dict.fromkeys(keys, step + 1)
+        elif count == 1:
+            at = table.place(keys[0])
+            assert (at >= 0) == (keys[0] in truth)
+            if at >= 0:
+                table.set_one(at, 0)
+                del truth[keys[0]]
         else:
             found = table.find(tags_of(keys))
             assert len(found) == len(truth.keys() & set(keys))
