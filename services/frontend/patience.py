@@ -26,6 +26,11 @@ from services.frontend.events import Role, Worker
 
 K = 10.0
 LEAST_ROUNDS = 2.5
+
+PASSED_OVER = 2.0
+"""Times stall_seconds that a stream may stand still while its worker goes on with others: it may be
+preempted, but not forgotten."""
+
 SLOWEST_PREFILL = 200.0
 """Tokens a second."""
 
@@ -157,7 +162,10 @@ class Patience:
     def judge(self, debt: Debt, heard: Heard, awake_since: float, now: float) -> Verdict:
         """Whether the worker is to be waited for, and until when without another look."""
         begun = max(debt.since, awake_since)
-        stuck_at = max(begun, self._moved_at(debt, heard)) + self.bound(debt, heard, now)
+        moved = max(begun, self._moved_at(debt, heard))
+        stuck_at = moved + self.bound(debt, heard, now)
+        if debt.owed is Owed.TOKEN and begun + PASSED_OVER * self.stall_seconds < stuck_at:
+            moved, stuck_at = begun, begun + PASSED_OVER * self.stall_seconds
         quiet_since = max(begun, heard.at)
         half = self.silence_seconds / 2
         pinged = heard.pinged_at >= quiet_since
@@ -167,9 +175,8 @@ class Patience:
             words = f"{who} owes {debt.owed.value} and answers nothing for"
             return Verdict(now, f"{words} {now - quiet_since:.1f} s", unreachable=True)
         if now >= stuck_at:
-            waited = now - max(begun, self._moved_at(debt, heard))
             words = f"{who} is there and owes {debt.owed.value} for"
-            return Verdict(now, f"{words} {waited:.1f} s")
+            return Verdict(now, f"{words} {now - moved:.1f} s")
         ping = not pinged and now >= quiet_since + half
         look = now + half if ping else dead_at if pinged else quiet_since + half
         return Verdict(max(min(look, stuck_at), now + _SOON), ping=ping)
