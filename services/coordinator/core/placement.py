@@ -188,6 +188,8 @@ class Placer:
     ) -> Decision | Blocked | Refusal:
         why = reasons.why_alone(decode, one.pool, one.want, self._local_prefill_tokens)
         prefill = None if why else self._prefill_for(one, decode)
+        if not why and prefill is None and not decode.worker.load.requests:
+            why = "no prefill worker has room, and it is idle"
         if not why and prefill is None:
             # Short prompts can still be placed: not for everyone.
             return Blocked(f"no prefill worker of {one.want.model} has room", everyone=False)

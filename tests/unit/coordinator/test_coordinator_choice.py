@@ -98,6 +98,15 @@ class TestHereOrThere:
         cluster.worker("prefill-0", stats=rate(1000, queued_tokens=3000))
         assert cluster.place(256).prefill is not None
 
+    def test_an_idle_worker_is_not_waited_beside(self, cluster):
+        cluster.worker("decode-0")
+        cluster.worker("prefill-0")
+        cluster.beat("prefill-0", running=20)
+        placement = cluster.place(256)
+        assert placement.prefill is None
+        assert any("and it is idle" in reason for reason in placement.reasons)
+        assert cluster.ask(256) not in cluster.answers, "but a busy one is not held up"
+
     def test_a_worker_of_both_roles_is_on_both_sides(self, cluster):
         cluster.worker("both-0")
         assert cluster.place(1000).prefill is None, "it can't hand over to itself"
