@@ -202,6 +202,7 @@ class Coordinator(Process):
             assert role.decodes if decodes else role.prefills, f"{name} is {role}"
             assert told.info.model == want.model
             assert want.context_tokens < told.info.total_blocks * told.info.block_tokens
+            assert chosen.dp_rank < told.info.dp_ranks, f"{name} has no rank {chosen.dp_rank}"
             load = self.core.members.get(name).load
             assert len(load.bookings) <= load.limit, "more is booked than there is room for"
 

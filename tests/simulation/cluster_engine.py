@@ -154,6 +154,7 @@ class Engine:
             recompute_max_tokens=shape.recompute_max_tokens,
             bandwidth=Bandwidth(),
             clock=self._clock,
+            dp_ranks=shape.dp_ranks,
         )
         self.frozen_until = 0.0
         self.slowness = 1.0
@@ -218,11 +219,14 @@ class Engine:
             finished=load.finished,
             preempted=load.preempted,
             leases=len(self.store._leases),
+            ranks=load.ranks,
         )
 
     def _check(self, request):
         if request.request_id in self.live:
             raise DuplicateRequestError(f"request {request.request_id} is already here")
+        if request.dp_rank >= self.shape.dp_ranks:
+            raise InvalidRequestError("dp_rank", request.dp_rank, "there is none")
         limit = self.shape.max_running + self.shape.max_waiting
         if len(self.live) >= limit:
             self.net.count["refused by a full worker"] += 1

@@ -197,11 +197,12 @@ class Live:
         name = f"{self.client.id}/{number}"
         match command:
             case e.StartPrefill(worker=worker, prefix=prefix):
-                self.calls[number] = PrefillCall(self, number, worker, self.request(name), prefix)
+                request = self.request(name, worker)
+                self.calls[number] = PrefillCall(self, number, worker, request, prefix)
             case e.StartDecode(worker=worker, source=source, prefix=prefix):
                 left = max(0.001, self.deadline - self.net.now)
                 link = self.frontend.decode(worker.address)
-                request = self.request(name)
+                request = self.request(name, worker)
                 link.start(name, self, number, request, source, prefix, left)
             case e.Proceed(worker=worker, token_ids=token_ids, handle=handle):
                 self.frontend.decode(worker.address).tell("proceed", name, token_ids, handle)
@@ -218,7 +219,7 @@ class Live:
             case _:
                 raise NotImplementedError(f"{type(command).__name__} is new to the simulation")
 
-    def request(self, name):
+    def request(self, name, worker):
         client = self.client
         return EngineRequest(
             request_id=name,
@@ -227,6 +228,7 @@ class Live:
             output_token_ids=tuple(self.core.output),
             tenant=client.wishes.tenant,
             deadline_seconds=self.deadline - self.net.now,
+            dp_rank=worker.dp_rank,
         )
 
     # The coordinators

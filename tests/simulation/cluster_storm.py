@@ -90,8 +90,8 @@ class World(Net):
         shape = shape or Shape(
             role=role,
             can_be=draw.choice([(), (), tuple(Role)]),
-            blocks=draw.choice([12, 24, 48]),
-            max_running=draw.choice([1, 2, 4]),
+            blocks=draw.choice([24, 48]),
+            max_running=draw.choice([1, 2, 4, 8]),
             max_waiting=draw.choice([0, 1, 4]),
             chunk_tokens=draw.choice([32, 128]),
             step_seconds=self.step_seconds,
@@ -100,6 +100,7 @@ class World(Net):
             recompute_max_tokens=draw.choice([0, 64, 2048]),
             heartbeat_seconds=0.5,
             coalesce_seconds=draw.choice([0.02, 0.2]),
+            dp_ranks=draw.choice([1, 1, 2, 4]),
         )
         address = address or f"h{number}"
         worker = Worker(self, f"{role.value}-{number}", address, shape)
@@ -200,9 +201,6 @@ class World(Net):
             return "its stream had begun"
         if reason in ("OVERLOADED", "SLO_UNATTAINABLE"):
             return ""  # Checked where it was decided.
-        if reason == "INVALID_REQUEST":
-            fits = [w for w in self.workers if len(client.prompt) + 31 < w.shape.capacity]
-            return f"{fits[0].name} can hold it" if fits else ""
         if "attempts" in error.metadata:
             return "in fine weather" if self.weather.fine else ""
         frontend = live.frontend
@@ -211,20 +209,24 @@ class World(Net):
         if reason == "COORDINATOR_UNAVAILABLE" and client.deadline - self.now > 0.5:
             there = [c for c in self.coordinators.values() if self.sound(c, PATIENCE_SECONDS)]
             return f"{there[0].name} was there all the time" if there else ""
-        if reason == "NO_WORKERS":
+        if reason in ("NO_WORKERS", "INVALID_REQUEST"):
             if not all(self.sound(c, 3 * LEASE_SECONDS) for c in self.coordinators.values()):
                 return ""
-            there = [
-                w
-                for w in self.workers
-                if self.sound(w, 2 * LEASE_SECONDS)
-                and w.role.decodes
-                and not w.draining
-                and w.name not in live.core.excluded
-                and len(client.prompt) + 31 < w.shape.capacity
-            ]
-            return f"{there[0].name} was there all the time" if there else ""
+            return self._there(client, live)
         return "" if reason == "COORDINATOR_UNAVAILABLE" else "this is no way to end"
+
+    def _there(self, client, live):
+        """That a worker was there all the time that could have served a request, in words."""
+        for worker in self.workers:
+            if (
+                self.sound(worker, 2 * LEASE_SECONDS)
+                and worker.role.decodes
+                and not worker.draining
+                and worker.name not in live.core.excluded
+                and len(client.prompt) + 31 < worker.shape.capacity
+            ):
+                return f"{worker.name} was there all the time"
+        return ""
 
     # The history
 

@@ -31,6 +31,7 @@ class Shape:
     recompute_max_tokens: int
     heartbeat_seconds: float
     coalesce_seconds: float
+    dp_ranks: int = 1
     model: str = "m"
     kv_layout: str = "a"
     numerics: str = "x"
@@ -38,8 +39,8 @@ class Shape:
 
     @property
     def capacity(self):
-        """Most tokens of one request."""
-        return self.blocks * BLOCK
+        """Most tokens of one request: what a rank holds."""
+        return self.blocks // self.dp_ranks * BLOCK
 
 
 class Worker(Process):
@@ -83,7 +84,8 @@ class Worker(Process):
             block_tokens=BLOCK,
             total_blocks=shape.blocks,
             max_running=shape.max_running,
-            context_tokens=shape.capacity,
+            context_tokens=shape.blocks * BLOCK,
+            dp_ranks=shape.dp_ranks,
             region=shape.region,
             numerics=shape.numerics,
             can_be=shape.can_be,
@@ -103,6 +105,10 @@ class Worker(Process):
             finished=load.finished,
             preempted=load.preempted,
             leases=load.leases,
+            ranks=tuple(
+                m.RankStats(r.running, r.waiting, r.free_blocks, r.kv_tokens, r.queued_tokens)
+                for r in load.ranks
+            ),
         )
 
     def release(self, lease_id):

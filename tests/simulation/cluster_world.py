@@ -19,6 +19,7 @@ from tests.simulation.cluster_storm import World
 COMMAND = "python -m tests.simulation.cluster_world"
 SATURATED_EVERY = 25
 AT_ONCE = 50
+TOLD_EVERY = 20
 FAILURES_SHOWN = 10
 
 
@@ -68,7 +69,9 @@ def main():
     total, failed = Counts(), 0
     began = time.perf_counter()
     with multiprocessing.Pool(options.jobs) as pool:
-        for done in pool.imap_unordered(_some, parts):
+        for number, done in enumerate(pool.imap_unordered(_some, parts), start=1):
+            if number % TOLD_EVERY == 0:
+                print(f"{number * AT_ONCE:,} seeds", file=sys.stderr, flush=True)
             if isinstance(done, Counts):
                 total.add(done)
             else:
