@@ -150,6 +150,10 @@ MUTANTS: dict[str, Mutant] = {
 }
 
 
+OF_SATURATED = frozenset({"fairness", "turns of those who waited"})
+"""Rules that only full queues need."""
+
+
 @contextlib.contextmanager
 def without(rule: str) -> Iterator[None]:
     """The system lacks a rule within this block."""
