@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from services.coordinator import wire
 from services.coordinator.core import messages as m
 from services.coordinator.core.core import Core
 from services.coordinator.explained import attributes, explanation_to
+from services.runtime import incident
 from services.runtime.errors import (
     CoordinatorUnavailableError,
     InvalidRequestError,
@@ -52,16 +54,35 @@ class Driver:
         self._numbers = itertools.count(1)
         self._streams: dict[int, _Stream] = {}
         self._answers: dict[int, asyncio.Future[m.AnswerPlacement]] = {}
+        self._reported: set[tuple[str, str, int]] = set()
 
     async def run_clock(self, interval_seconds: float) -> None:
-        """Tells the core that time passes, until cancelled."""
+        """Tells the core that time passes, until cancelled. A tick that fails ends nothing."""
         while True:
             await asyncio.sleep(interval_seconds)
+            self.tick()
+
+    def tick(self) -> None:
+        """Tells the core that time passed. Whatever it raises is logged, once for each place."""
+        try:
             self.dispatch(m.Tick())
+        except Exception as error:
+            kind = _kind(error)
+            if kind not in self._reported:
+                self._reported.add(kind)
+                words = incident.report(error, None)
+                log.error("a tick failed, and goes on at the next one:\n%s", words)
 
     def dispatch(self, event: m.Event) -> None:
-        """Hands an event to the core and acts on what it says."""
-        for command in self.core.handle(event, self.clock()):
+        """Hands an event to the core and acts on what it says. Raises what the core raises."""
+        try:
+            commands = self.core.handle(event, self.clock())
+        except Exception:
+            # What was decided before that holds, and its state counts on its being done.
+            for command in self.core.decided():
+                self._act(command)
+            raise
+        for command in commands:
             self._act(command)
 
     def open_stream(self) -> tuple[int, _Stream]:
@@ -231,6 +252,12 @@ class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):
             end = error
         finally:
             stream.out.put_nowait(end)
+
+
+def _kind(error: BaseException) -> tuple[str, str, int]:
+    """What was raised, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return type(error).__qualname__, frame.filename, frame.lineno or 0
 
 
 def _stopping() -> CoordinatorUnavailableError:

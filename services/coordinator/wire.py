@@ -28,6 +28,13 @@ MOST_RANKS = 1024
 """Data-parallel ranks of a worker."""
 MOST_PLACES = 1 << 18
 """Places for experts in all layers of a worker: several times what the largest models have."""
+STEP_SECONDS = (1e-6, 1e4)
+"""What an engine's step may take."""
+MOST_COUNT = 1 << 40
+"""Of requests, blocks or tokens."""
+
+_LOADS = ("running", "waiting", "free_blocks", "queued_tokens")
+_RANK_COUNTS = ("running", "waiting", "free_blocks", "kv_tokens", "queued_tokens")
 
 _ROLES = {
     pb.WORKER_ROLE_PREFILL: m.Role.PREFILL,
@@ -74,7 +81,7 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
         kv_not_offered=dict(info.kv_not_offered),
         can_be=tuple(_ROLES[role] for role in info.can_be if role in _ROLES),
         nvlink_domain=info.nvlink_domain,
-        cost=_finite("hello.info.cost", info.cost),
+        cost=_within("hello.info.cost", info.cost, 1e-9, 1e9),
         kv_block_bytes=info.kv_block_bytes,
         experts=_shape_from(info.experts) if info.HasField("experts") else None,
     )
@@ -114,6 +121,24 @@ def _finite(field: str, value: float) -> float:
     return value
 
 
+def _within(field: str, value: float, least: float, most: float) -> float:
+    """The same, of what is measured: 0 for not measured, or in a range that is possible."""
+    if value != 0 and not least <= value <= most:
+        raise InvalidRequestError(field, value, f"0, or {least:g} to {most:g}")
+    return value
+
+
+def _count(field: str, value: int) -> int:
+    if not 0 <= value <= MOST_COUNT:
+        raise InvalidRequestError(field, value, f"at most {MOST_COUNT}")
+    return value
+
+
+def _rank_from(rank: pb.RankStats) -> m.RankStats:
+    figures = {name: _count(f"stats.ranks.{name}", getattr(rank, name)) for name in _RANK_COUNTS}
+    return m.RankStats(**figures)
+
+
 def _policy_from(info: pb.WorkerInfo) -> ExportPolicy:
     rules = info.export_rules
     return ExportPolicy(
@@ -133,16 +158,18 @@ def _rules_to(policy: ExportPolicy) -> pb.ExportRules | None:
 
 
 def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
-    """A worker's load."""
+    """A worker's load. Raises InvalidRequestError naming a figure that can't be."""
+    for name in _LOADS:
+        _count(f"stats.{name}", getattr(stats, name))
     return m.WorkerStats(
         running=stats.running,
         waiting=stats.waiting,
         free_blocks=stats.free_blocks,
         queued_tokens=stats.queued_tokens,
-        prefill_tokens_per_second=_finite(
-            "stats.prefill_tokens_per_second", stats.prefill_tokens_per_second
+        prefill_tokens_per_second=_within(
+            "stats.prefill_tokens_per_second", stats.prefill_tokens_per_second, 1e-6, 1e9
         ),
-        step_seconds=_finite("stats.step_seconds", stats.step_seconds),
+        step_seconds=_within("stats.step_seconds", stats.step_seconds, *STEP_SECONDS),
         held_blocks=stats.held_blocks,
         cached_blocks=stats.cached_blocks,
         finished=stats.finished,
@@ -155,14 +182,13 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         kv_traffic=tuple(stats.kv_traffic),
         kv_tiers=tuple(stats.kv_tiers),
         kv_rates=tuple(
-            m.KvRate(t.transport, t.bytes, _finite("stats.kv_traffic.seconds", t.seconds))
+            m.KvRate(
+                t.transport, t.bytes, _within("stats.kv_traffic.seconds", t.seconds, 1e-9, 1e9)
+            )
             for t in stats.kv_traffic
             if t.transport and not t.peer
         ),
-        ranks=tuple(
-            m.RankStats(r.running, r.waiting, r.free_blocks, r.kv_tokens, r.queued_tokens)
-            for r in stats.ranks
-        ),
+        ranks=tuple(map(_rank_from, stats.ranks)),
         adapters=tuple(stats.adapters),
         expert_tokens=tuple(stats.expert_tokens),
         expert_map=_map_from(stats.expert_map) if stats.HasField("expert_map") else None,
@@ -294,7 +320,7 @@ def ended_from(request: pb.ReportRequest) -> m.AttemptEnded:
         failure=request.failure,
         unreachable=request.unreachable,
         generated_tokens=request.generated_tokens,
-        ttft_seconds=_finite("ttft_seconds", request.ttft_seconds),
+        ttft_seconds=_within("ttft_seconds", request.ttft_seconds, 1e-9, 1e9),
         computed_tokens=request.computed_tokens,
     )
 

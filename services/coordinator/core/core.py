@@ -78,6 +78,10 @@ class Core:
     def handle(self, event: m.Event, now: float) -> list[m.Command]:
         """Takes in what happened, and says what is to be done about it, in order."""
         self._handlers[type(event)](event, now)
+        return self.decided()
+
+    def decided(self) -> list[m.Command]:
+        """What handle() had decided when it raised: once, and not with the next event's."""
         commands = self._out[:]
         self._out.clear()
         return commands

@@ -2,8 +2,9 @@
 
 Both fits are of all workers of a kind together: these see more different batches and prompts than
 one worker does. What makes one worker slower or faster than its kind is a factor of its own
-(predict.py). Errors count relative to the measurement; a measurement counts half as much after the
-fit's half-life; and a prior is part of every fit, as points that don't age.
+(predict.py). Errors are relative, a step's to what is nominal for its batch, so no measurement
+gets weight by being small; a measurement counts half as much after the fit's half-life; and a
+prior is part of every fit, as points that don't age. Whatever is measured, fits stay finite.
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ SOLVE_EVERY = 1.0
 
 _KV_UNIT = 10_000.0
 """Tokens: makes the three terms of a step alike in size."""
+_ENOUGH = 32
+"""Recent measurements of steps that a fit needs to say what is far off."""
+_STEP_BOUND = 2.0
+"""A step that took more than this many times what the fit says, or less than that part of it, is
+counted as that. What makes one worker differ more is a factor of its own (predict.py). So of n > 2
+workers that report as often as each other, one that reports whatever it likes can hold the fit of
+the others' steps at no more than (n - 1) / (n - 2) of what they take, and no less than
+(2n - 2) / (2n - 1).
+"""
+_LEAST_SECONDS, _MOST_SECONDS = 1e-6, 1e4
+_MOST_COUNT = 1e12
+"""Beyond these no step, batch or context is real, and sums of squares would be near infinity."""
 _PRIOR_WEIGHT = 0.1
 """Of each of a prior's points, where a new measurement has 1."""
 _CONTEXT_UNIT = 10_000.0
@@ -51,21 +64,29 @@ class StepFit:
         self._cost: StepCost | None = None
         self._solved = 0.0
 
-    def add(self, requests: int, kv_tokens: int, seconds: float, now: float) -> None:
+    def add(self, requests: float, kv_tokens: float, seconds: float, now: float) -> None:
         """A step with so many requests, which had KV for so many tokens, took so long (> 0)."""
+        requests, kv_tokens = (
+            _clamped(requests, 0, _MOST_COUNT),
+            _clamped(kv_tokens, 0, _MOST_COUNT),
+        )
+        seconds = _clamped(seconds, _LEAST_SECONDS, _MOST_SECONDS)
         kept = 0.5 ** (max(0.0, now - self._at) / STEP_HALF_LIFE)
         self._at = max(now, self._at)
+        known = self.cost if self._weight >= _ENOUGH else None
+        if known is not None and (expected := known.seconds(requests, kv_tokens)) > 0:
+            seconds = _clamped(seconds, expected / _STEP_BOUND, expected * _STEP_BOUND)
         self._weight = kept * self._weight + 1.0
-        ratio = seconds / NOMINAL_STEP.seconds(requests, kv_tokens)
-        self._scale = kept * self._scale + ratio
+        nominal = NOMINAL_STEP.seconds(requests, kv_tokens)
+        self._scale = kept * self._scale + seconds / nominal
         matrix, vector = self._matrix, self._vector
-        r, k = float(requests), kv_tokens / _KV_UNIT
-        w = 1 / seconds**2
+        r, k = requests, kv_tokens / _KV_UNIT
+        w = 1 / nominal**2
         for i, product in enumerate((1.0, r, k, r * r, r * k, k * k)):
             matrix[i] = kept * matrix[i] + w * product
         for i, product in enumerate((1.0, r, k)):
             vector[i] = kept * vector[i] + w * product * seconds
-        if self._weight < 32 or now - self._solved >= SOLVE_EVERY:
+        if self._weight < _ENOUGH or now - self._solved >= SOLVE_EVERY:
             self._cost, self._solved = None, now
 
     @property
@@ -81,8 +102,9 @@ class StepFit:
         scale = self._scale / self._weight
         mean, kv = matrix[1] / matrix[0], matrix[2] / matrix[0]
         for r, k in ((0.0, 0.0), (mean, 0.0), (mean, kv)):
-            seconds = scale * NOMINAL_STEP.seconds(round(r), round(k * _KV_UNIT))
-            w = _PRIOR_WEIGHT / seconds**2
+            nominal = NOMINAL_STEP.seconds(r, k * _KV_UNIT)
+            seconds = scale * nominal
+            w = _PRIOR_WEIGHT / nominal**2
             for i, product in enumerate((1.0, r, k, r * r, r * k, k * k)):
                 matrix[i] += w * product
             for i, product in enumerate((1.0, r, k)):
@@ -111,8 +133,8 @@ class PromptFit:
         """A prompt took `factor` (> 0) times its tokens over the worker's rate."""
         kept = 0.5 ** (max(0.0, now - self._at) / PROMPT_HALF_LIFE)
         self._at = max(now, self._at)
-        y = min(max(factor, 1 / _RELATIVE_BOUND), _RELATIVE_BOUND)
-        x = mean_context / _CONTEXT_UNIT
+        y = _clamped(factor, 1 / _RELATIVE_BOUND, _RELATIVE_BOUND)
+        x = _clamped(mean_context, 0.0, _MOST_COUNT) / _CONTEXT_UNIT
         matrix, vector, w = self._matrix, self._vector, 1 / y**2
         # Without the prior's part, which does not age.
         for i, product in enumerate((1.0, x, x * x)):
@@ -130,6 +152,10 @@ class PromptFit:
             self._solution = least_squares([[m[0], m[1]], [m[1], m[2]]], self._vector)
         a, b = self._solution
         return a + b * mean_context / _CONTEXT_UNIT
+
+
+def _clamped(value: float, least: float, most: float) -> float:
+    return max(least, min(value, most))
 
 
 def least_squares(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:

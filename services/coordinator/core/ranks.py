@@ -24,7 +24,7 @@ class StepCost:
     request: float
     kv_token: float
 
-    def seconds(self, requests: int, kv_tokens: int) -> float:
+    def seconds(self, requests: float, kv_tokens: float) -> float:
         """With so many requests in the batch, which have KV for so many tokens together."""
         return self.base + self.request * requests + self.kv_token * kv_tokens
 
