@@ -27,7 +27,7 @@ from services.frontend.events import Role, Worker
 K = 10.0
 LEAST_ROUNDS = 2.5
 
-PASSED_OVER = 2.0
+PASSED_OVER = 4.0
 """Times stall_seconds that a stream may stand still while its worker goes on with others: it may be
 preempted, but not forgotten."""
 

@@ -798,7 +798,7 @@ async def test_a_silent_prefill_worker_is_lost_too():
 
 
 async def test_a_worker_that_serves_others_is_not_silent():
-    async with a_world(stall_seconds=0.3) as world:
+    async with a_world(stall_seconds=0.5) as world:
         decode = await world.add_decode("d0")
         decode.pause_at = 4
         call = world.stream(ask())

@@ -156,18 +156,18 @@ def test_a_prompt_that_is_not_even_accepted_while_others_are_done():
 
 def test_what_it_brings_for_others_shows_that_it_moves():
     heard = steady(0.02)
-    for i in range(59):
+    for i in range(100):
         heard.at = heard.moved_at = 100.0 + i
         assert not PATIENCE.judge(debt(), heard, -math.inf, 100.5 + i).silent
 
 
 def test_but_nobody_is_passed_over_for_ever():
     heard = steady(0.02)
-    heard.at = heard.moved_at = 160.0
-    verdict = PATIENCE.judge(debt(), heard, -math.inf, 160.0)
-    assert "60.0 s" in verdict.silent
+    heard.at = heard.moved_at = 220.0
+    verdict = PATIENCE.judge(debt(), heard, -math.inf, 220.0)
+    assert "120.0 s" in verdict.silent
     assert not verdict.unreachable
-    assert not PATIENCE.judge(debt(Owed.FIRST_TOKEN), heard, -math.inf, 160.0).silent
+    assert not PATIENCE.judge(debt(Owed.FIRST_TOKEN), heard, -math.inf, 220.0).silent
 
 
 def test_time_in_which_this_process_slept_is_nobodys_silence():
