@@ -102,6 +102,8 @@ class _Worker:
     kind: Hashable
     of: _Kind
     rate: float = 0.0
+    step_seconds: float = 0.0
+    """Of its last report; 0: not measured."""
     steps: float = 0.0
     """Factor; 0 before the first report of a step."""
     ttft: float = 0.0
@@ -128,6 +130,7 @@ class Predictor:
             worker = self._workers[info.worker_id] = _Worker(kind, of)
         worker.of.rates.replace(worker.rate, stats.prefill_tokens_per_second)
         worker.rate = stats.prefill_tokens_per_second
+        worker.step_seconds = stats.step_seconds
         worker.sink.report(stats.kv_rates)
         if stats.step_seconds > 0 and stats.running > 0:
             self._step(worker, info, stats, now)
@@ -181,7 +184,8 @@ class Predictor:
         tokens = (
             prompt.queued_tokens + worker.of.prompts.factor(prompt.mean_context) * prompt.tokens
         )
-        return (worker.ttft or 1.0) * tokens / rate
+        # A token can't come sooner than a step.
+        return max((worker.ttft or 1.0) * tokens / rate, worker.step_seconds)
 
     def tokens_per_second(self, worker_id: str) -> float:
         """A worker's prefill rate, else the median of its kind; 0 if there is neither."""

@@ -98,6 +98,13 @@ def test_a_worker_that_has_measured_nothing_is_taken_for_the_median_of_its_peers
     assert predictor.tokens_per_second("else") == 0.0
 
 
+def test_a_first_token_does_not_come_sooner_than_a_step():
+    predictor = Predictor()
+    predictor.heard(info(), KIND, stats(4, 64, 0.5, 1000.0), 0.0)
+    assert predictor.prompt_seconds(Prompt("w", 0, 10)) == 0.5
+    assert predictor.prompt_seconds(Prompt("w", 0, 2000)) == pytest.approx(2.0)
+
+
 def test_the_cost_of_length_is_learned_from_first_tokens():
     predictor, now = Predictor(), 0.0
     predictor.heard(info(), KIND, stats(rate=1000.0), now)
