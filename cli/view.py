@@ -138,4 +138,6 @@ def _state(worker: Worker) -> str:
     """What is to be said of it, if it is not simply up."""
     if worker.silent_seconds > 1:
         return f"was silent for {worker.silent_seconds:.0f} s"
-    return "is draining" if worker.draining else ""
+    if worker.draining:
+        return "is draining"
+    return f"is avoided: {worker.avoided}" if worker.avoided else ""

@@ -139,6 +139,8 @@ class Worker:
     """What it fetched: a sum for each transport, then the peers that most came from."""
     kv_tiers: tuple[TierStats, ...] = ()
     """Tiers under its pool, from the top."""
+    avoided: str = ""
+    """Why it gets only what nobody else can take; empty: it is not avoided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +351,7 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
             TierStats(**{f.name: getattr(tier, f.name) for f in fields(TierStats)})
             for tier in stats.kv_tiers
         ),
+        avoided=worker.avoided,
     )
 
 

@@ -54,7 +54,11 @@ def test_a_name_that_does_not_say_its_role_gets_it():
 
 @pytest.mark.parametrize(
     ("more", "state"),
-    [({"draining": True}, "is draining"), ({"silent_seconds": 3.2}, "was silent for 3 s")],
+    [
+        ({"draining": True}, "is draining"),
+        ({"silent_seconds": 3.2}, "was silent for 3 s"),
+        ({"avoided": "it fails"}, "is avoided: it fails"),
+    ],
 )
 def test_a_worker_that_is_not_simply_up(more, state):
     assert f"prefill-0-a1b2c3 {state}" in shown(status(worker("prefill-0", **more)), 80)
