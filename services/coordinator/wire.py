@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import cast
 
@@ -32,7 +34,11 @@ STEP_SECONDS = (1e-6, 1e4)
 """What an engine's step may take."""
 MOST_COUNT = 1 << 40
 """Of requests, blocks or tokens."""
+NAME_BYTES = 256
+MOST_NAMES = 1024
+"""In a list of workers or regions."""
 
+_PLACE_NAMES = ("request_id", "session", "tenant", "adapter", "region", "model", "frontend_id")
 _LOADS = ("running", "waiting", "free_blocks", "queued_tokens")
 _RANK_COUNTS = ("running", "waiting", "free_blocks", "kv_tokens", "queued_tokens")
 
@@ -47,6 +53,23 @@ _NAMES = ("worker_id", "address", "model", "kv_layout")
 _COUNTS = ("block_tokens", "total_blocks", "max_running", "context_tokens")
 
 
+def _name(field: str, value: str) -> str:
+    """A short word of a peer, which may end up in a log or on a terminal."""
+    if len(value.encode()) > NAME_BYTES:
+        raise InvalidRequestError(field, f"{len(value)} characters", f"at most {NAME_BYTES} bytes")
+    if not value.isascii() or not value.isprintable():
+        for character in value:
+            if unicodedata.category(character).startswith("C"):
+                raise InvalidRequestError(field, ascii(value), "no control characters")
+    return value
+
+
+def _names_from(field: str, values: Sequence[str]) -> frozenset[str]:
+    if len(values) > MOST_NAMES:
+        raise InvalidRequestError(field, f"{len(values)} entries", f"at most {MOST_NAMES}")
+    return frozenset(_name(field, value) for value in values)
+
+
 def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
     """Raises InvalidRequestError naming the field that makes the worker unusable."""
     info = hello.info
@@ -55,6 +78,8 @@ def hello_from(stream: int, hello: pb.Hello) -> m.WorkerHello:
     for field in _NAMES:
         if not getattr(info, field):
             raise InvalidRequestError(f"hello.info.{field}", "", "must not be empty")
+    for field in (*_NAMES, "region", "host", "nvlink_domain"):
+        _name(f"hello.info.{field}", getattr(info, field))
     for field in _COUNTS:
         if getattr(info, field) < 1:
             raise InvalidRequestError(f"hello.info.{field}", 0, "at least 1")
@@ -262,6 +287,8 @@ def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
     """Raises InvalidRequestError naming the field."""
     if not request.request_id:
         raise InvalidRequestError("request_id", "", "must not be empty")
+    for field in _PLACE_NAMES:
+        _name(field, getattr(request, field))
     if request.context_tokens < 1:
         raise InvalidRequestError("context_tokens", 0, "at least 1")
     _check_keys("block_keys", keys := tuple(request.block_keys))
@@ -276,7 +303,7 @@ def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
         block_keys=keys,
         context_tokens=request.context_tokens,
         max_tokens=request.max_tokens,
-        exclude_workers=frozenset(request.exclude_workers),
+        exclude_workers=_names_from("exclude_workers", request.exclude_workers),
         frontend_id=request.frontend_id,
         kv_layout=request.kv_layout,
         tenant=request.tenant,
@@ -284,7 +311,7 @@ def place_from(request: pb.PlaceRequest) -> m.PlaceRequest:
         session=request.session,
         adapter=request.adapter,
         region=request.region,
-        allowed_regions=frozenset(request.allowed_regions),
+        allowed_regions=_names_from("allowed_regions", request.allowed_regions),
         ttft_seconds=_finite("ttft_seconds", request.ttft_seconds),
         itl_seconds=_finite("itl_seconds", request.itl_seconds),
     )
@@ -437,6 +464,7 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             adapters=stats.adapters,
         ),
         draining=worker.standing is Standing.DRAINING,
+        avoided=worker.avoided,
         silent_seconds=max(0.0, now - worker.heard),
         known_blocks=core.index.known_blocks(worker.worker_id),
         experts=None if experts is None else pb.ExpertStatus(**asdict(experts)),

@@ -84,3 +84,41 @@ def test_a_tick_that_fails_is_logged_once_and_loses_nothing(caplog, monkeypatch)
     assert len(caplog.records) == 1
     driver.tick()
     assert stream.out.qsize() == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, "x" * 257) for name in ("request_id", "session", "tenant", "adapter", "model")),
+        ("region", "\u00e9" * 129),
+        ("request_id", "a\x1b[2J"),
+        ("tenant", "a\u202eb"),
+        ("exclude_workers", ["x" * 257]),
+        ("allowed_regions", [str(n) for n in range(1025)]),
+    ],
+)
+def test_names_in_a_request_are_short_and_printable(field, value):
+    request = {"request_id": "r", "context_tokens": 1} | {field: value}
+    with pytest.raises(InvalidRequestError, match=field) as refused:
+        wire.place_from(pb.PlaceRequest(**request))
+    assert "\x1b" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("field", ["worker_id", "address", "model", "region"])
+@pytest.mark.parametrize("value", ["x" * 257, "a\nb"])
+def test_names_of_a_worker_are_short_and_printable(field, value):
+    names = {"worker_id": "w", "address": "w:1", "model": "m", "kv_layout": "l"} | {field: value}
+    info = pb.WorkerInfo(role=pb.WORKER_ROLE_BOTH, **names)
+    with pytest.raises(InvalidRequestError, match=field):
+        wire.hello_from(1, pb.Hello(info=info))
+
+
+def test_the_status_says_who_is_avoided_and_why():
+    core = Core(Rules(lease_seconds=10.0, queue_limit=1, local_prefill_tokens=0), 0.0, lambda: 0.5)
+    counts = dict.fromkeys(("block_tokens", "total_blocks", "max_running", "context_tokens"), 8)
+    info = pb.WorkerInfo(worker_id="w", address="w:1", model="m", kv_layout="l", **counts)
+    info.role = pb.WORKER_ROLE_BOTH
+    core.handle(wire.hello_from(1, pb.Hello(info=info)), 0.0)
+    core.members.get("w").avoided = "it fails"
+    assert wire.status_to(core, "c", 0.0).workers[0].avoided == "it fails"
