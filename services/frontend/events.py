@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from services.engine.api import FinishReason, KvPrefix, KvReport, TokenLogprob
-from services.runtime.errors import TandemError
+from services.runtime.errors import CancelledError, TandemError
 
 
 class Role(enum.Enum):
@@ -114,7 +114,9 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """The client cancelled or disconnected."""
+    """The client cancelled or disconnected; any other reason code: the frontend gave it up."""
+
+    reason: str = CancelledError.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +213,9 @@ class Release:
 class Report:
     """Tell the coordinator that a placement's attempt is over.
 
-    With no `failed_worker`, none failed it. `ttft_seconds`: from the placement; 0: no token came.
-    `computed_tokens`: of the context, by whichever worker.
+    With no `failed_worker`, none failed it, and `failure` is why the attempt ended early, if it
+    did: the client's deadline, the client gone, its worker leaving. `ttft_seconds`: from the
+    placement; 0: no token came. `computed_tokens`: of the context, by whichever worker.
     """
 
     attempt: int

@@ -36,6 +36,11 @@ from services.runtime.errors import TandemError
 
 log = logging.getLogger(__name__)
 
+SLACK = 0.01
+SLACK_SECONDS = 0.05
+"""How much of its time, and how many seconds at least, may be left here of a deadline that has
+passed at the client: gRPC rounds it up on the wire, to three digits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -117,8 +122,11 @@ class LiveRequest:
         return self._piece
 
     def close(self) -> None:
-        """Ends the request if it has not ended: the client is gone."""
-        self.feed(ClientGone())
+        """Ends the request if it has not ended: the client is gone, perhaps for its deadline."""
+        deadline = self._job.deadline
+        slack = max(SLACK_SECONDS, SLACK * (deadline - self.core.arrived))
+        late = self._cluster.clock() >= deadline - slack
+        self.feed(DeadlinePassed() if late else ClientGone())
         self._end(None)
 
     def feed(self, event: Event) -> None:
@@ -131,7 +139,7 @@ class LiveRequest:
     def break_off(self, error: Exception) -> None:
         """Ends the request for a bug of ours, which must not reach the streams of others."""
         try:
-            self._act(self.core.handle(ClientGone(), self._cluster.clock()))
+            self._act(self.core.handle(ClientGone(TandemError.reason), self._cluster.clock()))
         except Exception as another:
             log.error("%s: no clean end: %s", self._job.request_id, type(another).__name__)
         self._end(error)

@@ -335,7 +335,7 @@ class Request:
         left = old.attempt.placement.decode.worker_id
         if left not in self.excluded:
             self.excluded.append(left)
-        return [*commands, old.report()]
+        return [*commands, old.report(reason=DrainingError.reason)]
 
     # Tokens
 
@@ -367,7 +367,7 @@ class Request:
         return self._end(now, [*commands, *self._abandon_all(), Finish(reason)])
 
     def _gone(self, course: Course, event: ClientGone, now: float) -> list[Command]:
-        return self._end(now, self._abandon_all())
+        return self._end(now, self._abandon_all(event.reason))
 
     def _late(self, course: Course, event: DeadlinePassed, now: float) -> list[Command]:
         waited = now - self.arrived
@@ -376,17 +376,18 @@ class Request:
             f"with {len(self.output)} tokens generated",
             tokens=len(self.output),
         )
-        return self._end(now, [*self._abandon_all(), Fail(error)])
+        return self._end(now, [*self._abandon_all(error.reason), Fail(error)])
 
-    def _abandon_all(self) -> list[Command]:
-        """Rule 4."""
-        return [command for course in self._courses() for command in self._abandon(course)]
+    def _abandon_all(self, reason: str = "") -> list[Command]:
+        """Rule 4. `reason`: why the request ends, if it is no worker's doing and no good end."""
+        return [command for course in self._courses() for command in self._abandon(course, reason)]
 
-    def _abandon(self, course: Course) -> list[Command]:
+    def _abandon(self, course: Course, reason: str = "") -> list[Command]:
+        report = course.report(reason=reason)
         if course.state is State.PLACING:
             # The coordinator may have booked room already, with its answer on the way.
-            return [CancelPlace(course.placed_as), course.report()]
-        return [*self._leave(course), course.report()]
+            return [CancelPlace(course.placed_as), report]
+        return [*self._leave(course), report]
 
     def _leave(self, course: Course) -> list[Command]:
         """Rule 4, but for the report."""

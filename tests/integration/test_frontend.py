@@ -763,6 +763,8 @@ async def test_the_clients_deadline_reaches_everyone(world):
     assert world.decode["d0"].starts[0].deadline_ms <= 300
     await eventually(lambda: world.decode["d0"].cancels)
     await world.settled()
+    (report,) = world.coordinator.reports
+    assert (report.failed_worker, report.failure) == ("", "DEADLINE")
 
 
 async def test_without_a_client_deadline_the_default_holds():

@@ -147,8 +147,9 @@ def test_a_successor_that_is_close_takes_over_and_what_both_generated_is_dropped
     commands = core.handle(e.DecodeOutput(1, (1, 1, 1)), 6.0)
     report = core.attempts[0]
     assert commands[0] == e.CancelDecode(0, OLD)
-    assert (commands[1].attempt, commands[1].failed_worker) == (0, "")
-    assert commands[1].generated_tokens == 22
+    told = commands[1]
+    assert (told.attempt, told.failed_worker, told.failure) == (0, "", "DRAINING")
+    assert told.generated_tokens == 22
     assert commands[2:] == [e.Emit((1,), (), "b")]
     assert (report.tokens, report.failure) == (22, "DRAINING")
     assert core.handle(e.DecodeOutput(0, (1,)), 7.0) == []
@@ -170,6 +171,7 @@ def test_one_that_is_far_behind_begins_again_where_its_cache_is_warm():
     # The end is reported of the placement, whatever the number at the worker.
     last = core.handle(e.ClientGone(), 9.0)
     assert [c.attempt for c in last] == [2, 1]
+    assert (last[-1].failed_worker, last[-1].failure) == ("", "CANCELLED")
 
 
 def test_a_successor_that_generates_something_else_begins_again_and_is_dropped_at_last():

@@ -126,6 +126,24 @@ def test_a_first_token_that_ends_the_request_cancels_decode():
     ]
 
 
+@pytest.mark.parametrize(
+    ("end", "failure"),
+    [
+        (e.ClientGone(), "CANCELLED"),
+        (e.ClientGone("INTERNAL"), "INTERNAL"),
+        (e.DeadlinePassed(), "DEADLINE"),
+    ],
+)
+def test_an_end_that_is_no_workers_doing_is_reported_as_what_it_is(end, failure):
+    core = start()
+    core.handle(e.Placed(0, placement()), 1.0)
+    core.handle(e.PrefillDone(0, (1,)), 2.0)
+    (report,) = [c for c in core.handle(end, 3.0) if isinstance(c, e.Report)]
+    assert (report.failed_worker, report.failure, report.generated_tokens) == ("", failure, 1)
+    (report,) = [c for c in start().handle(end, 3.0) if isinstance(c, e.Report)]
+    assert (report.failed_worker, report.failure) == ("", failure)
+
+
 def test_a_stop_string_in_the_first_token_leaves_nothing_behind():
     core = start(stops=("b",))
     core.handle(e.Placed(0, placement()), 1.0)
