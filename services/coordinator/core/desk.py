@@ -223,7 +223,12 @@ class Desk:
         return any(now - at < self._rules.worker_wait_seconds for at in since)
 
     def _with_service_level(self, want: m.PlaceRequest) -> m.PlaceRequest:
-        """The cluster's own where the request asks for none."""
+        """The cluster's own where the request asks for none.
+
+        Not for one that is placed again: its stream may have begun, and is not ended for being slow.
+        """
+        if want.attempt:
+            return want
         ttft = want.ttft_seconds or self._rules.ttft_seconds
         itl = want.itl_seconds or self._rules.itl_seconds
         if (ttft, itl) == (want.ttft_seconds, want.itl_seconds):

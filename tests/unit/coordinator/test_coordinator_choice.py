@@ -162,6 +162,7 @@ class TestServiceLevel:
         self.learn(cluster)
         assert cluster.refuse(1000).reason is m.Reason.SLO_UNATTAINABLE
         assert cluster.place(1000, ttft_seconds=60.0)
+        assert cluster.place(1000, attempt=1), "its stream may have begun"
 
     def test_a_deadline_that_can_not_be_met_is_refused_at_once(self, cluster):
         cluster.worker("decode-0", stats=rate(100))
