@@ -60,6 +60,7 @@ class World(Net):
             rebalance_seconds=draw.choice([0.0, 0.5]),
             queue_patience_seconds=draw.choice([0.5, 30.0]),
             tenant_weights={"gold": 3.0},
+            ttft_seconds=draw.choice([0.0, 0.0, 0.3]),
         )
         self.coordinator_places = [f"c{i}" for i in range(draw.choice([1, 2, 2, 3]))]
         for place in self.coordinator_places:
