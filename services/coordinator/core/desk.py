@@ -225,7 +225,8 @@ class Desk:
     def _with_service_level(self, want: m.PlaceRequest) -> m.PlaceRequest:
         """The cluster's own where the request asks for none.
 
-        Not for one that is placed again: its stream may have begun, and is not ended for being slow.
+        Not for one that is placed again: its stream, which may have begun, is not to end for being
+        slow.
         """
         if want.attempt:
             return want
