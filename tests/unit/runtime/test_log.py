@@ -44,6 +44,18 @@ def test_text_names_the_process_and_honours_the_level(root, capsys):
     assert "WARNING prefill-1 x: but this" in said
 
 
+def test_text_is_one_line_whatever_a_peer_put_into_the_message(root, capsys):
+    configure(LogSettings(), "coordinator")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("x").exception("worker %s", "a\x1b[2J\nINFO forged \u202e ünï")
+    first, *trace = capsys.readouterr().err.splitlines()
+    assert first.endswith(r"x: worker a\x1b[2J\nINFO forged \u202e ünï")
+    assert trace[0].startswith("Traceback")
+    assert trace[-2:] == ["ValueError: two", "lines"]
+
+
 def test_time_is_utc():
     record = logging.LogRecord("n", logging.INFO, "", 0, "m", None, None)
     record.created = 0.5
