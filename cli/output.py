@@ -20,9 +20,13 @@ class CommandError(Exception):
     """A command could not do what it was asked for. The words are for a person."""
 
 
+class UsageError(CommandError):
+    """A command was asked for something that makes no sense."""
+
+
 def fail(message: str, status: int = FAILED) -> NoReturn:
     """Says why on standard error and ends the command."""
-    print(f"tandem: {message}", file=sys.stderr)
+    print(f"tandem: {printable(message)}", file=sys.stderr)
     raise typer.Exit(status)
 
 
@@ -41,6 +45,8 @@ def plain_errors() -> Iterator[None]:
         fail(str(error), USAGE)
     except CallFailedError as error:
         fail(explain(error), UNREACHABLE if error.unreachable else FAILED)
+    except UsageError as error:
+        fail(str(error), USAGE)
     except (ListenError, CommandError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -51,6 +57,14 @@ def plain_errors() -> Iterator[None]:
         fail(f"{error.message} ({error.reason})")
 
 
+_DRIVING = frozenset({"Cc", "Cf", "Cs"})
+_HARMLESS = frozenset("\n\t\u200c\u200d")
+"""The last two join and part letters, and make emoji of several: they belong to the text."""
+
+
 def printable(text: str) -> str:
-    """Text for a terminal: without control characters, which could drive it."""
-    return "".join(c for c in text if unicodedata.category(c) != "Cc" or c in "\n\t")
+    """Text for a terminal: without control and format characters.
+
+    They could drive it, or show a line in another order than it has.
+    """
+    return "".join(c for c in text if c in _HARMLESS or unicodedata.category(c) not in _DRIVING)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cli import view
 from services.runtime.client import CallFailedError, Client
+from services.runtime.oneline import one_line
 
 WATCH_SECONDS = 1.0
 
@@ -34,5 +35,5 @@ async def watch(coordinator: str) -> None:
                 try:
                     live.update(view.cluster(await client.status()))
                 except CallFailedError as error:
-                    live.update(Text(f"{coordinator}: {error.message}", style="yellow"))
+                    live.update(Text(one_line(f"{coordinator}: {error.message}"), style="yellow"))
                 await asyncio.sleep(WATCH_SECONDS)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kvtransfer.observe import Figures, Traffic, total
 from services.runtime.client import Status, Worker
+from services.runtime.oneline import one_line
 
 
 def size(count: float) -> str:
@@ -41,18 +42,22 @@ def cluster(status: Status) -> RenderableType:
     for heading in ("pid", "run", "wait", "step", "done", "KV used", "cached", "leases"):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in status.workers:
-        table.add_row(*_row(worker), style="yellow" if _state(worker) else "")
+        row = (_plain(cell) for cell in _row(worker))
+        table.add_row(*row, style="yellow" if _state(worker) else "")
     remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
-    lines = [
-        Text(line, style="dim") for line in (*transports(status), *tiers(status), summary(status))
-    ]
-    return Group(table, *(Text(remark, style="yellow") for remark in remarks), *lines)
+    lines = [_plain(line, "dim") for line in (*transports(status), *tiers(status), summary(status))]
+    return Group(table, *(_plain(remark, "yellow") for remark in remarks), *lines)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Words with names in them that workers chose: neither markup nor what drives a terminal."""
+    return Text(one_line(text), style=style)
 
 
 def summary(status: Status) -> str:
     """One line of all."""
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(status.refused.items()))
-    return (
+    return one_line(
         f"{len(status.workers)} workers, "
         f"{sum(w.running for w in status.workers)} running, {status.queued} queued; "
         f"{status.placed} placed, {refused or 'none'} refused, "

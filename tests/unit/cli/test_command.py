@@ -145,6 +145,7 @@ def test_what_a_model_says_can_not_drive_the_terminal():
     assert printable("a\x1b[2Jb\x07\r\nc\td\x9b") == "a[2Jb\nc\td"
     spoken = "日本\u00a0é 👩\u200d🚀"
     assert printable(spoken) == spoken
+    assert printable("a\u202eb\udcff\u2066c") == "abc"
 
 
 def test_advice_follows_a_reason():

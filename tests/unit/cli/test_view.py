@@ -94,3 +94,18 @@ def test_workers_that_offer_others_are_named():
         "KV transports offered by prefill-0-a1b2c3: shm, tcp",
         "KV transports offered by decode-0-a1b2c3: tcp",
     ]
+
+
+def test_what_workers_call_themselves_drives_no_terminal():
+    evil = "\x1b[2J[/red]\u202e\nall is well"
+    one = worker(
+        f"prefill-0{evil}",
+        kv_transports=(evil,),
+        kv_not_offered={evil: evil},
+        draining=True,
+    )
+    text = "\n".join(shown(Status((one,), 0, 0, {evil: 1}, 1.0), 1000))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert "\nall is well" not in text
+    assert text.count(r"\x1b[2J[/red]\u202e\nall is well") == 6
