@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def one_line(text: str) -> str:
-    """Text without anything that could drive a terminal, reorder a line or begin another one.
+    r"""Text without anything that could drive a terminal, reorder a line or begin another one.
 
     What isn't printable (control and format characters, surrogates, separators but the space) is
-    written as an escape: "\\n", "\\x1b", "\\u202e".
+    written as an escape: "\n", "\x1b", "\u202e".
     """
     if text.isprintable():
         return text
