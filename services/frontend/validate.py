@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -169,8 +170,8 @@ def check_priority(priority: int) -> None:
 
 def check_session(session: str) -> None:
     """Raises InvalidRequestError."""
-    if len(session) > MAX_ID_CHARACTERS:
-        allowed = f"at most {MAX_ID_CHARACTERS} characters"
+    if len(session) > MAX_ID_CHARACTERS or not _shows(session):
+        allowed = f"at most {MAX_ID_CHARACTERS} characters, no control characters"
         raise InvalidRequestError("session", session, allowed)
 
 
@@ -187,8 +188,11 @@ def check_tenant(metadata: str, values: Sequence[str]) -> str:
 
     There is no default: a request that its proxy forgot to mark must not share KV with others.
     """
-    if len(values) != 1 or not 1 <= len(values[0]) <= MAX_ID_CHARACTERS:
-        allowed = f"one value of 1 to {MAX_ID_CHARACTERS} characters, which names the tenant"
+    if len(values) != 1 or not 1 <= len(values[0]) <= MAX_ID_CHARACTERS or not _shows(values[0]):
+        allowed = (
+            f"one value of 1 to {MAX_ID_CHARACTERS} characters, no control characters, which "
+            "names the tenant"
+        )
         raise InvalidRequestError(f"metadata {metadata}", values, allowed)
     return values[0]
 
@@ -303,6 +307,11 @@ def _shortest(value: float) -> float:
         if struct.pack("f", float(text)) == struct.pack("f", value):
             return float(text)
     return value
+
+
+def _shows(name: str) -> bool:
+    """It has nothing of Unicode's category C: names end up in logs and on terminals."""
+    return not any(unicodedata.category(c).startswith("C") for c in name)
 
 
 def _cut(text: str) -> str:

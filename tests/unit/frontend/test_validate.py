@@ -16,7 +16,9 @@ from services.frontend.validate import (
     check_model,
     check_request_id,
     check_sampling,
+    check_session,
     check_stops,
+    check_tenant,
     room_for_output,
 )
 from services.runtime.errors import InvalidRequestError, UnknownModelError
@@ -210,3 +212,15 @@ def test_what_is_left_of_a_service_level():
     # A stream that has begun goes on, however slowly.
     assert wishes.left(3, 0.25) == Wishes(tenant="a")
     assert Wishes(tenant="a").left(0, 5.0) == Wishes(tenant="a")
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x9b", "\u202e", "\ud800"])
+def test_names_that_end_up_in_logs_have_no_control_characters(character):
+    error = refused(check_session, f"s{character}")
+    assert error.metadata["field"] == "session"
+    assert character not in error.message
+    error = refused(check_tenant, "x-tenant", [f"t{character}"])
+    assert error.metadata["field"] == "metadata x-tenant"
+    assert character not in error.message
+    check_session("Größe 1/2")
+    assert check_tenant("x-tenant", ["Größe 1/2"]) == "Größe 1/2"
