@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from cli.output import CommandError, printable
-from services.runtime.client import CallFailedError, Client
+from cli.output import CommandError, UsageError
+from services.frontend import validate
+from services.runtime.client import Client, Explained
+from services.runtime.errors import (
+    CancelledError,
+    DeadlineError,
+    DrainingError,
+    InvalidRequestError,
+    RoleChangedError,
+    WorkerLostError,
+    WorkerSilentError,
+)
 from services.runtime.explained import Considered, Decision
+from services.runtime.oneline import one_line
+
+GIVEN_UP = {
+    DeadlineError.reason: "the client's deadline passed",
+    CancelledError.reason: "the client went away",
+}
+LEAVING = {
+    DrainingError.reason: "its worker was leaving",
+    RoleChangedError.reason: "its worker took another role",
+}
+FAULTS = {
+    WorkerLostError.reason: "was lost",
+    WorkerSilentError.reason: "fell silent",
+}
+"""Reasons that are better said than named."""
 
 MOMENT = 0.0005
 """Seconds that are not worth a word."""
@@ -20,35 +46,49 @@ DIFFERENCES = 3
 """Scorers named where two workers are compared."""
 
 
-async def show(coordinators: Sequence[str], request_id: str, *, as_json: bool) -> None:
+def check_request_id(request_id: str) -> None:
+    """It can be one. Raises UsageError."""
+    if not request_id:
+        raise UsageError("which request? Its id is in the answer, and in every error's metadata")
+    try:
+        validate.check_request_id(request_id)
+    except InvalidRequestError as error:
+        raise UsageError(error.message) from None
+
+
+async def show(coordinators: str, request_id: str, *, as_json: bool) -> None:
     """Prints it. Raises CallFailedError if no coordinator answers, CommandError if none knows."""
-    found, failures = await _ask(coordinators, request_id)
-    if not found:
-        if failures and len(failures) == len(coordinators):
-            raise failures[0]
-        raise CommandError(
-            f"no coordinator remembers request {request_id}: it was never asked for here, or so "
-            "many came after it (coordinator.explain_decisions are remembered), or the "
-            "coordinator has started anew since"
-        )
+    async with Client("", coordinators) as client:
+        found = await client.explain(request_id)
+    if len(found.silent) == len(found.asked):
+        raise found.silent[0]
+    if not found.decisions:
+        raise CommandError(unknown(request_id, found))
     if as_json:
-        print(json.dumps([asdict(one) for one in found], indent=2))
+        print(json.dumps([asdict(one) for one in found.decisions], indent=2))
     else:
-        print(printable("\n".join(lines(request_id, found))))
+        print("\n".join(one_line(line) for line in lines(request_id, found.decisions)))
+    if found.silent:
+        print(f"note: {_silence(found)}; there may be more to tell", file=sys.stderr)
 
 
-async def _ask(
-    coordinators: Sequence[str], request_id: str
-) -> tuple[list[Decision], list[CallFailedError]]:
-    found: list[Decision] = []
-    failures: list[CallFailedError] = []
-    for address in coordinators:
-        async with Client("", address) as client:
-            try:
-                found += await client.explain(request_id)
-            except CallFailedError as error:
-                failures.append(error)
-    return sorted(found, key=lambda d: (d.attempt, -d.asked_seconds_ago)), failures
+def unknown(request_id: str, found: Explained) -> str:
+    """None of those that answered remembers it."""
+    silent = {error.address for error in found.silent}
+    answered = [address for address in found.asked if address not in silent]
+    words = (
+        f"none of {', '.join(answered)} remembers request {request_id}: a frontend refused it "
+        "itself (unknown model, bad field), or more than coordinator.explain_decisions others "
+        "came after it, or the coordinator was restarted"
+    )
+    return one_line(f"{words}; {_silence(found)}" if found.silent else words)
+
+
+def _silence(found: Explained) -> str:
+    """Who did not answer, and why."""
+    return one_line(
+        "; ".join(f"{e.address} did not answer ({e.reason or e.code})" for e in found.silent)
+    )
 
 
 def lines(request_id: str, decisions: Sequence[Decision]) -> Iterator[str]:
@@ -63,16 +103,20 @@ def lines(request_id: str, decisions: Sequence[Decision]) -> Iterator[str]:
 
 def _summary(last: Decision) -> str:
     if last.outcome == "waiting":
-        return f"waits for a place since {last.queued_seconds:.1f} s"
+        return f"has waited {last.queued_seconds:.1f} s for a place"
     if last.outcome == "refused":
         return f"refused with {last.refusal}"
     if last.outcome == "cancelled":
         return f"given up by its frontend after {last.queued_seconds:.1f} s in the queue"
     if not last.ended:
         return "runs"
+    if last.failure in GIVEN_UP:
+        return f"given up: {GIVEN_UP[last.failure]}"
+    if last.failure in LEAVING:
+        return f"to be placed again: {LEAVING[last.failure]}"
     if last.failed_worker:
         return f"its last attempt failed on {last.failed_worker} with {last.failure}"
-    return "done"
+    return f"given up with {last.failure}" if last.failure else "answered"
 
 
 def _wanted(one: Decision) -> str:
@@ -120,7 +164,7 @@ def _attempt(one: Decision) -> Iterator[str]:
 
 
 def _times(ttft: float, itl: float) -> str:
-    words = f"first token after {ttft:.3f} s"
+    words = f"first token {ttft:.3f} s after the placement"
     return f"{words}, then one every {itl * 1e3:.1f} ms" if itl else words
 
 
@@ -167,9 +211,28 @@ def _against(c: Considered, winner: Considered | None) -> str:
 
 
 def _end(one: Decision) -> str:
-    words = f"{one.generated_tokens} tokens generated"
-    if one.ttft_seconds:
-        words += f", the first after {one.ttft_seconds:.3f} s"
+    """What came of an attempt."""
+    tokens = _count(one.generated_tokens)
+    first = f"; the first came {one.ttft_seconds:.3f} s after the placement"
+    first = first if one.ttft_seconds else ""
+    if one.failure == DeadlineError.reason:
+        of = f"{one.generated_tokens} of up to {_count(one.max_tokens)}"
+        return f"ended: {GIVEN_UP[one.failure]} after {of}{first}"
+    if one.failure in GIVEN_UP:
+        return f"ended: {GIVEN_UP[one.failure]} after {tokens}{first}"
+    if one.failure in LEAVING:
+        return (
+            f"moved after {tokens}: {LEAVING[one.failure]}; it goes on as the next attempt{first}"
+        )
     if one.failed_worker:
-        return f"ended: {one.failed_worker} failed it with {one.failure}; {words}"
-    return f"ended well: {words}"
+        what = FAULTS.get(one.failure, "failed it")
+        return f"failed after {tokens}: {one.failed_worker} {what} ({one.failure}){first}"
+    if one.failure:
+        return f"ended after {tokens} with {one.failure}{first}"
+    if not one.generated_tokens:
+        return "ended with no token of its own: it was not needed any more"
+    return f"finished: {tokens}{first}"
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import grpc
 
 from cli import flags
-from cli.output import CommandError
+from cli.output import CommandError, UsageError
 from services.runtime.directory import Kind
 from services.runtime.directory_etcd import members
 from services.runtime.load import load
@@ -28,6 +28,17 @@ def coordinators(file: Path | None, environment: Mapping[str, str]) -> str:
             "or name one with --coordinator"
         )
     return ",".join(listed)
+
+
+def named(texts: Iterable[str]) -> str:
+    """--coordinator, given once or more, each with commas or not. Raises UsageError."""
+    addresses = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if not addresses:
+        raise UsageError("--coordinator names no coordinator: it is HOST:PORT, several with commas")
+    for address in addresses:
+        if not (address.isascii() and address.isprintable()):
+            raise UsageError(f"--coordinator: {address!a} is not HOST:PORT")
+    return ",".join(addresses)
 
 
 async def _listed(settings: DirectorySettings) -> list[str]:

@@ -366,7 +366,8 @@ def status(
         from cli import found
         from cli import status as module
 
-        where = coordinator or found.coordinators(config, os.environ)
+        given = None if coordinator is None else found.named([coordinator])
+        where = given or found.coordinators(config, os.environ)
         _run(module.watch(where) if watch else module.show(where, as_json=as_json))
 
 
@@ -378,7 +379,8 @@ def explain(
         typer.Option(
             "--coordinator",
             metavar="HOST:PORT",
-            help="Several with commas; all are asked. Default: as settings say.",
+            help="Several with commas; all are asked, and those that they know of. Default: as "
+            "settings say.",
         ),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
@@ -389,7 +391,9 @@ def explain(
         from cli import explain as module
         from cli import found
 
-        where = coordinator or [found.coordinators(config, os.environ)]
+        module.check_request_id(request_id)
+        given = found.named(coordinator) if coordinator else None
+        where = given or found.coordinators(config, os.environ)
         _run(module.show(where, request_id, as_json=as_json))
 
 

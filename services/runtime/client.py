@@ -154,6 +154,18 @@ class Status:
     uptime_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What is remembered of a request, by which of the coordinators `asked`.
+
+    `silent`: why those that did not answer did not.
+    """
+
+    decisions: tuple[Decision, ...]
+    asked: tuple[str, ...]
+    silent: tuple[CallFailedError, ...]
+
+
 class Client:
     """An async context manager. Every method raises CallFailedError.
 
@@ -219,23 +231,42 @@ class Client:
             uptime_seconds=answer.uptime_seconds,
         )
 
-    async def explain(self, request_id: str) -> list[Decision]:
-        """What coordinators remember of a request: each attempt may have asked another one."""
-        asked = (self._explained_by(address, request_id) for address in self._coordinators)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        known = [a for a in answers if isinstance(a, coordinator_pb2.ExplainResponse)]
-        for failure in answers:
-            if isinstance(failure, BaseException) and not (
-                known and isinstance(failure, CallFailedError)
-            ):
-                raise failure
-        return decisions_from(known)
+    async def explain(self, request_id: str) -> Explained:
+        """What coordinators remember of a request: each attempt may have asked another one.
 
-    async def _explained_by(self, address: str, request_id: str) -> coordinator_pb2.ExplainResponse:
+        All are asked that were named, and those that they know of.
+        """
+        answers: dict[str, coordinator_pb2.ExplainResponse] = {}
+        asked: list[str] = []
+        silent: list[CallFailedError] = []
+        new = list(dict.fromkeys(self._coordinators))
+        while new:
+            asked += new
+            told = await asyncio.gather(*(self._explained_by(one, request_id) for one in new))
+            peers: list[str] = []
+            for result in told:
+                if isinstance(result, CallFailedError):
+                    silent.append(result)
+                    continue
+                answer, known = result
+                # One may go by several addresses.
+                answers[answer.coordinator_id] = answer
+                peers += known
+            new = [one for one in dict.fromkeys(peers) if one not in asked]
+        return Explained(tuple(decisions_from(answers.values())), tuple(asked), tuple(silent))
+
+    async def _explained_by(
+        self, address: str, request_id: str
+    ) -> tuple[coordinator_pb2.ExplainResponse, list[str]] | CallFailedError:
+        """What one remembers, and whom else it knows of."""
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(address))
         request = coordinator_pb2.ExplainRequest(request_id=request_id)
-        with _failures(address):
-            return await stub.Explain(request, timeout=CALL_SECONDS)
+        try:
+            with _failures(address):
+                answer = await stub.Explain(request, timeout=CALL_SECONDS)
+            return answer, list((await self._status_of(address)).peers)
+        except CallFailedError as error:
+            return error
 
     async def _status_of(self, address: str) -> coordinator_pb2.GetStatusResponse:
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channels.get(address))

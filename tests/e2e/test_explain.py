@@ -61,7 +61,7 @@ async def test_a_refused_and_a_queued_request_say_why():
         await eventually(waiting)
         status, text, _ = await explain(cluster, "waits")
         assert status == 0
-        assert "request waits: waits for a place since" in text
+        assert "request waits: has waited " in text
         assert "no decode worker of" in text
         assert "no room: 3 of 3 requests" in text
 
@@ -80,13 +80,20 @@ async def test_a_refused_and_a_queued_request_say_why():
         await asyncio.gather(*running_ones, return_exceptions=True)
         await queued
         _, text, _ = await explain(cluster, "waits")
-        assert "request waits: done" in text
+        assert "request waits: answered" in text
         assert "waited" in text
         assert "chosen:" in text
 
         status, _, error = await explain(cluster, "never-asked")
         assert status == 1
-        assert "no coordinator remembers request never-asked" in error
+        where = cluster.local.address("coordinator")
+        assert f"none of {where} remembers request never-asked" in error
+
+        # Whoever can't be asked is named, and does not hide what others know.
+        status, text, error = await explain(cluster, "waits", "--coordinator", "127.0.0.1:1")
+        assert status == 0
+        assert "request waits: answered" in text
+        assert "127.0.0.1:1 did not answer (UNAVAILABLE)" in error
 
 
 async def test_a_placed_again_request_shows_both_attempts():
@@ -107,8 +114,7 @@ async def test_a_placed_again_request_shows_both_attempts():
 
         await eventually(told)
         _, text, _ = await explain(cluster, "moved")
-        assert "request moved: done" in text
-        assert f"ended: {lost[0]}-" in text
-        assert "failed it with WORKER_LOST" in text
-        assert "it failed this request" in text
+        assert "request moved: answered" in text
+        assert f"tokens: {lost[0]}-" in text
+        assert "was lost (WORKER_LOST)" in text
         await cluster.local.restart(lost[0])

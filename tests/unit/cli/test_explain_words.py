@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from cli.explain import lines
+import pytest
+
+from cli.explain import check_request_id, lines, unknown
+from cli.found import named
+from cli.output import UsageError
+from services.runtime.client import CallFailedError, Explained
 from services.runtime.explained import Considered, Decision
 
 
@@ -70,9 +75,11 @@ def test_a_draw_is_called_one():
 
 def test_what_becomes_of_it_is_in_the_first_line():
     assert told().startswith("request r: runs\n")
-    assert told(ended=True).startswith("request r: done\n")
+    assert told(ended=True).startswith("request r: answered\n")
     assert told(outcome="refused", refusal="X").startswith("request r: refused with X\n")
-    assert told(outcome="waiting", queued_seconds=2.0).startswith("request r: waits for a place")
+    assert told(outcome="waiting", queued_seconds=2.0).startswith(
+        "request r: has waited 2.0 s for a place\n"
+    )
     failed = told(ended=True, failed_worker="w", failure="WORKER_LOST")
     assert failed.startswith("request r: its last attempt failed on w with WORKER_LOST\n")
 
@@ -90,3 +97,62 @@ def test_all_that_was_wanted_is_said():
     )
     assert "tenant t; priority 3; session s; adapter legal; only in eu; 30.0 s to" in text
     assert "first token within 1.5 s; at most 50 ms between tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("failure", "by", "summary", "end"),
+    [
+        ("DEADLINE", "", "given up: the client's deadline passed",
+         "ended: the client's deadline passed after 31 of up to 300 tokens"),
+        # The worker's clock may be the first that runs out.
+        ("DEADLINE", "w", "given up: the client's deadline passed",
+         "ended: the client's deadline passed after 31 of up to 300 tokens"),
+        ("CANCELLED", "", "given up: the client went away",
+         "ended: the client went away after 31 tokens"),
+        ("DRAINING", "", "to be placed again: its worker was leaving",
+         "moved after 31 tokens: its worker was leaving; it goes on as the next attempt"),
+        ("ROLE_CHANGED", "w", "to be placed again: its worker took another role",
+         "moved after 31 tokens: its worker took another role; it goes on as the next attempt"),
+        ("WORKER_LOST", "w", "its last attempt failed on w with WORKER_LOST",
+         "failed after 31 tokens: w was lost (WORKER_LOST)"),
+        ("ENGINE_FAILED", "w", "its last attempt failed on w with ENGINE_FAILED",
+         "failed after 31 tokens: w failed it (ENGINE_FAILED)"),
+        ("INTERNAL", "", "given up with INTERNAL", "ended after 31 tokens with INTERNAL"),
+        ("", "", "answered", "finished: 31 tokens"),
+    ],
+)  # fmt: skip
+def test_an_end_is_called_what_it_was(failure, by, summary, end):
+    text = told(
+        ended=True, failed_worker=by, failure=failure, generated_tokens=31, max_tokens=300
+    ).splitlines()
+    assert text[0] == f"request r: {summary}"
+    assert text[-1] == f"  {end}"
+
+
+def test_times_say_from_when_on():
+    text = told(ended=True, generated_tokens=1, ttft_seconds=0.5, predicted_ttft_seconds=0.25)
+    assert "  predicted: first token 0.250 s after the placement\n" in text
+    assert text.endswith("finished: 1 token; the first came 0.500 s after the placement")
+
+
+def test_an_unknown_request_names_who_was_asked_and_who_was_silent():
+    dead = CallFailedError("c:1", "UNAVAILABLE", "", "no route")
+    text = unknown("r", Explained((), ("a:1", "b:1", "c:1"), (dead,)))
+    assert text.startswith("none of a:1, b:1 remembers request r: a frontend refused it itself")
+    assert text.endswith("; c:1 did not answer (UNAVAILABLE)")
+
+
+@pytest.mark.parametrize("request_id", ["", "\udcff", "a b", "x" * 129])
+def test_what_can_be_no_request_is_a_usage_error(request_id):
+    with pytest.raises(UsageError):
+        check_request_id(request_id)
+
+
+@pytest.mark.parametrize("texts", [[","], [""], [" , "], ["a:1,\udcff:2"]])
+def test_what_names_no_coordinator_is_a_usage_error(texts):
+    with pytest.raises(UsageError):
+        named(texts)
+
+
+def test_coordinators_are_named_with_commas_or_one_by_one():
+    assert named(["a:1, b:1,", "c:1"]) == "a:1,b:1,c:1"
