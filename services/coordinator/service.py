@@ -237,17 +237,24 @@ class WorkerRegistryServicer(pb_grpc.WorkerRegistryServiceServicer):
     ) -> None:
         """Hands on what the worker says; what ends its side of the stream ends the other too."""
         end: Exception | None = None
-        worker_id = ""
+        worker_id, draining = "", False
         try:
             async for message in messages:
                 event = wire.report_from(number, message)
+                draining = draining or isinstance(event, m.WorkerDraining)
                 if isinstance(event, m.WorkerHello):
                     worker_id = event.info.worker_id
                     log.info("worker %s registers: %s", worker_id, event.info.address)
                 elif not worker_id:
                     raise InvalidRequestError("message", "no hello", "a stream starts with hello")
                 self._driver.dispatch(event)
-            log.info("worker %s leaves", worker_id)
+            # gRPC ends the messages of the dead and of those that leave alike: these say so first.
+            how = "leaves" if draining else "is gone: its stream broke"
+            log.info("worker %s %s", worker_id, how)
+        except asyncio.CancelledError:  # one that hung up may be seen here first
+            if draining:
+                log.info("worker %s leaves", worker_id)
+            raise
         except Exception as error:  # whatever it is, the handler raises it: see the interceptor
             end = error
         finally:

@@ -321,3 +321,19 @@ async def test_an_answer_that_nobody_takes_any_more_books_nothing():
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert core.members.get("decode-0").load.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("draining", "words"), [(True, "leaves"), (False, "is gone: its stream broke")]
+)
+async def test_the_log_tells_a_leave_from_a_stream_that_broke(channel, caplog, draining, words):
+    caplog.set_level("INFO", "services.coordinator.service")
+    call = pb_grpc.WorkerRegistryServiceStub(channel).Register()
+    await call.write(hello())
+    await call.read()
+    if draining:
+        await call.write(pb.RegisterRequest(draining=pb.Draining()))
+    await call.done_writing()
+    while await call.read() is not grpc.aio.EOF:
+        pass
+    assert f"worker decode-0 {words}" in caplog.messages
