@@ -168,7 +168,7 @@ class Net:
         self.push(self.now + delay, None, action, args)
 
     def run(self, until):
-        """Plays what is due before that time."""
+        """Plays what is due before that time, to which the clock then points."""
         heap = self._heap
         while heap and heap[0][0] < until:
             self.now, _, process, action, args = heapq.heappop(heap)
@@ -180,10 +180,7 @@ class Net:
                     continue
             self.events += 1
             action(*args)
-            self.stepped()
-
-    def stepped(self):
-        """After every event."""
+        self.now = until
 
     def note(self, *words):
         """For the trace."""
