@@ -132,6 +132,7 @@ class TestRegions:
         cluster.worker("prefill-1", region="eu", export_policy=ExportPolicy("eu"))
         cluster.worker("decode-0", region="eu")
         cluster.beat("prefill-1", running=20)
+        cluster.beat("decode-0", running=1)
         ticket = cluster.ask(130)
         assert ticket not in cluster.answers
         cluster.beat("prefill-1")
