@@ -207,7 +207,6 @@ class Net:
 
     def cut(self, a, b, seconds):
         """Nothing passes between two processes; beyond KEEPALIVE_SECONDS their streams break."""
-        self.count["partitions"] += 1
         self._cuts[a.name, b.name] = self._cuts[b.name, a.name] = self.now + seconds
         for stream in list(a.streams):
             if b in stream.ends and seconds > KEEPALIVE_SECONDS:

@@ -159,7 +159,7 @@ class Weather:
             return
         some = self.random.sample(processes, 2)
         seconds = self.random.choice([0.3, KEEPALIVE_SECONDS + 0.5, 4.0])
-        self.note("cuts", some[0].name, some[1].name, seconds)
+        self.note("partitions", some[0].name, some[1].name, seconds)
         for process in some:
             self.world.disturb(process, seconds)
         self.world.cut(*some, seconds)
