@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from services.coordinator.core.explain import Considered, Record
-from services.coordinator.core.messages import Role
+from services.coordinator.wire import WIRE_ROLES
 from tandem.coordinator.v1 import coordinator_pb2 as pb
-
-_ROLES = {
-    Role.PREFILL: pb.WORKER_ROLE_PREFILL,
-    Role.DECODE: pb.WORKER_ROLE_DECODE,
-    Role.BOTH: pb.WORKER_ROLE_BOTH,
-}
 
 
 def explanation_to(record: Record, now: float) -> pb.Explanation:
     """One attempt, as it is known at time `now` of the core's clock."""
     want, end = record.want, record.end
-    until = now if record.answered is None else record.answered
+    until = record.waited_until(now)
     message = pb.Explanation(
         attempt=want.attempt,
         asked_seconds_ago=max(0.0, now - record.asked),
@@ -55,7 +49,7 @@ def explanation_to(record: Record, now: float) -> pb.Explanation:
 def _considered_to(one: Considered) -> pb.Considered:
     return pb.Considered(
         worker_id=one.worker_id,
-        role=_ROLES[one.role],
+        role=WIRE_ROLES[one.role],
         chosen=one.chosen,
         rejected=one.rejected,
         score=one.score,
@@ -69,7 +63,7 @@ def _considered_to(one: Considered) -> pb.Considered:
 def attributes(record: Record, now: float) -> dict[str, str | int | float | tuple[str, ...]]:
     """Of the span of a placement: the same, flat."""
     want = record.want
-    until = now if record.answered is None else record.answered
+    until = record.waited_until(now)
     return {
         "tandem.request_id": want.request_id,
         "tandem.attempt": want.attempt,

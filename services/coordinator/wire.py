@@ -47,7 +47,7 @@ _ROLES = {
     pb.WORKER_ROLE_DECODE: m.Role.DECODE,
     pb.WORKER_ROLE_BOTH: m.Role.BOTH,
 }
-_WIRE_ROLES = {role: number for number, role in _ROLES.items()}
+WIRE_ROLES = {role: number for number, role in _ROLES.items()}
 
 _NAMES = ("worker_id", "address", "model", "kv_layout")
 _COUNTS = ("block_tokens", "total_blocks", "max_running", "context_tokens")
@@ -255,7 +255,7 @@ def command_to(
     if isinstance(command, m.AskResync):
         return pb.RegisterResponse(resync=pb.Resync())
     if isinstance(command, m.AskRole):
-        role = _WIRE_ROLES[command.role]
+        role = WIRE_ROLES[command.role]
         return pb.RegisterResponse(change_role=pb.ChangeRole(role=role, why=command.why))
     if isinstance(command, m.AskExperts):
         return pb.RegisterResponse(expert_plan=_plan_to(command))
@@ -420,7 +420,7 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
     return pb.WorkerStatus(
         info=pb.WorkerInfo(
             worker_id=info.worker_id,
-            role=_WIRE_ROLES[info.role],
+            role=WIRE_ROLES[info.role],
             address=info.address,
             model=info.model,
             kv_layout=info.kv_layout,
@@ -436,7 +436,7 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             export_rules=_rules_to(info.export_policy),
             kv_transports=info.kv_transports,
             kv_not_offered=info.kv_not_offered,
-            can_be=[_WIRE_ROLES[role] for role in info.can_be],
+            can_be=[WIRE_ROLES[role] for role in info.can_be],
             nvlink_domain=info.nvlink_domain,
             cost=info.cost,
             kv_block_bytes=info.kv_block_bytes,

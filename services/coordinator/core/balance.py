@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from services.coordinator.core.membership import Worker
 from services.coordinator.core.messages import AskRole, Role
 from services.coordinator.core.pools import Pool
+from services.coordinator.core.predict import NOMINAL_TOKENS_PER_SECOND
 
 HORIZON_SECONDS = 10.0
 PRESSED = 0.9
@@ -39,8 +40,6 @@ EASY = 0.75
 REST = 3.0
 REST_SECONDS = 60.0
 LOOKS = 10
-NOMINAL_TOKENS_PER_SECOND = 1000.0
-"""Prefill rate of workers of which none has measured its own."""
 WORTH_ONE = 0.25
 """Where no prefill worker is up: that much of one's time has to be needed for one to be wanted."""
 

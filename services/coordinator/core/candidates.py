@@ -72,6 +72,11 @@ def fits(worker: Worker, want: PlaceRequest) -> bool:
     return not barred(worker, want) and not full(worker, want)
 
 
+def may_send(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
+    """Whether the source's rules let the tenant's KV go to the sink."""
+    return source.info.may_send_to(sink.info, want.tenant)
+
+
 def find(
     view: View,
     side: Side,
@@ -90,7 +95,7 @@ def find(
     def serves(worker: Worker) -> bool:
         if beside is None:
             return True
-        return worker is not beside and worker.info.may_send_to(beside.info, want.tenant)
+        return worker is not beside and may_send(worker, beside, want)
 
     found = Field()
     workers = {} if whole else _shortlist(view, side, role, want, found)

@@ -190,7 +190,6 @@ class Core:
         if worker is not None and worker.signal(Signal.DRAIN):
             self.desk.misses(worker, now)
             self.pools.put(worker)
-            self.desk.recheck = True
 
     def _role_changed(self, event: m.WorkerRoleChanged, now: float) -> None:
         worker = self._renew(event.stream, now)
@@ -224,7 +223,6 @@ class Core:
         self.experts.forget(worker.worker_id)
         self.predictor.forget(worker.worker_id)
         self._health.forget(worker.worker_id)
-        self.desk.recheck = True
         if tell:
             self._out.append(m.DropWorker(worker.stream, worker.worker_id, why))
 

@@ -53,6 +53,10 @@ class Record:
     itl_seconds: float = 0.0
     end: AttemptEnded | None = None
 
+    def waited_until(self, now: float) -> float:
+        """When it was answered; `now` if it is not yet."""
+        return now if self.answered is None else self.answered
+
 
 class Explanations:
     """The latest `limit` attempts, by request."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from services.coordinator.core.messages import WorkerInfo, WorkerStats
 from services.coordinator.core.ranks import (
@@ -83,10 +84,8 @@ class Load:
 
     def fits_shape(self, info: WorkerInfo) -> bool:
         """Whether the books can go on for what says to be the same worker."""
-        mine = self.info
-        return (mine.dp_ranks, mine.total_blocks, mine.max_running, mine.block_tokens) == (
-            *(info.dp_ranks, info.total_blocks, info.max_running, info.block_tokens),
-        )
+        shape = attrgetter("dp_ranks", "total_blocks", "max_running", "block_tokens")
+        return bool(shape(self.info) == shape(info))
 
     def fits(self, blocks: int) -> bool:
         """Whether some rank has room for a request that needs so many KV blocks, at least 1."""

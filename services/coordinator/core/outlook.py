@@ -7,11 +7,8 @@ from collections.abc import Hashable
 from services.coordinator.core.membership import Worker
 from services.coordinator.core.paths import route
 from services.coordinator.core.pools import Pool
-from services.coordinator.core.predict import Forecast, Predictor, Prompt
+from services.coordinator.core.predict import NOMINAL_TOKENS_PER_SECOND, Forecast, Predictor, Prompt
 from services.coordinator.core.scoring import Candidate
-
-NOMINAL_TOKENS_PER_SECOND = 1000.0
-"""Prefill rate by which workers are compared where nobody of their kind has measured one."""
 
 
 def kind_of(worker: Worker) -> Hashable:

@@ -21,6 +21,9 @@ from services.coordinator.core.messages import Reason, Refusal, WorkerInfo, Work
 from services.coordinator.core.paths import SinkRates
 from services.coordinator.core.ranks import StepCost, rank_stats
 
+NOMINAL_TOKENS_PER_SECOND = 1000.0
+"""Prefill rate by which workers are compared where nobody of their kind has measured one."""
+
 FACTOR_MEMORY = 0.1
 """Weight of the last measurement in a worker's own factors."""
 FACTOR_BOUND = 8.0

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from services.coordinator.core.candidates import barred, full
+from services.coordinator.core.candidates import barred, full, may_send
 from services.coordinator.core.membership import Worker
 from services.coordinator.core.messages import Holder, PlaceRequest
 from services.coordinator.core.pools import Pool
 from services.coordinator.core.scoring import Candidate
-
-
-def may_send(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
-    """Whether the source's rules let the tenant's KV go to the sink."""
-    return source.info.may_send_to(sink.info, want.tenant)
 
 
 def is_source_for(source: Worker, sink: Worker, want: PlaceRequest) -> bool:
