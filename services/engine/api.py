@@ -43,6 +43,24 @@ class FinishReason(enum.Enum):
     """See TokenOutput.error."""
 
 
+class GuideKind(enum.Enum):
+    """Forms that an output can be held to, as in generation.proto."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICE = "choice"
+    JSON_OBJECT = "json_object"
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """A form that the output must have; `texts`: the schema, expression or grammar, or the choices."""
+
+    kind: GuideKind
+    texts: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen; meanings and ranges as in generation.proto, all validated."""
@@ -60,6 +78,7 @@ class Sampling:
     seed: int = 0
     logprobs: int | None = None
     ignore_eos: bool = False
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,8 @@ class Request:
     """What is left until the client's deadline when the request comes in; None: no deadline."""
     dp_rank: int = 0
     """Data-parallel attention rank that takes it, below EngineInfo.dp_ranks."""
+    adapter: str = ""
+    """LoRA adapter to compute with, by name; empty: none."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -285,6 +306,12 @@ class EngineStats:
     """Tokens routed to each logical expert since start, layers x logical, row by row."""
     expert_map: ExpertMap | None = None
     """Where experts are now; None: it has none that can be moved."""
+    draft_tokens: int = 0
+    """Tokens drafted by multi-token prediction since start."""
+    accepted_tokens: int = 0
+    """Of these, how many were generated."""
+    decode_steps: int = 0
+    """Steps of one sequence that generated since start."""
 
 
 @dataclass(frozen=True, slots=True)

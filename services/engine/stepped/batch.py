@@ -37,6 +37,33 @@ class StepBatch:
     """[S, B], rows padded with -1"""
     logit_rows: Int32s
     """[R], indices into T, ascending"""
+    fresh: Int32s | None = None
+    """[S]: the first position of each sequence whose KV is written. Rows before it (one at most) are
+    computed again for their hidden state, over KV that stands. None: all are written."""
+    adapters: tuple[str, ...] = ()
+    """[S]: LoRA adapter of each sequence, empty for none; (): none at all."""
+    hidden: bool = False
+    """Keep the hidden states of all rows until draft() has used them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """T rows of S sequences for a multi-token prediction layer; fields as in StepBatch.
+
+    A row at position j takes the token there and the hidden state of position j - 1: so the KV that
+    it writes at j depends on tokens 0..j alone, as every block's does.
+    """
+
+    token_ids: Int32s
+    positions: Int32s
+    query_starts: Int32s
+    block_tables: Int32s
+    logit_rows: Int32s
+    hidden_rows: Int32s
+    """[T]: row of the forward() before whose hidden state is taken, or of the draft() before."""
+    deeper: bool = False
+    """hidden_rows are rows of the last draft()."""
+    adapters: tuple[str, ...] = ()
 
 
 class Model(Protocol):
@@ -60,6 +87,17 @@ class Model(Protocol):
         self, batch: Any, after_layers: AfterLayers | None, layers_per_piece: int
     ) -> NDArray[np.float32]:
         """Writes the KV of the batch's tokens; returns logits [R, vocabulary]."""
+
+
+class Drafter(Protocol):
+    """A model with a multi-token prediction layer. Called between two calls of forward()."""
+
+    @property
+    def layers(self) -> int:
+        """Of the layout, the last ones, whose KV draft() writes."""
+
+    def draft(self, batch: DraftBatch) -> NDArray[np.float32]:
+        """Writes the rows' KV of these layers; returns logits [R, vocabulary] of the token after."""
 
 
 class Experts(Protocol):
@@ -91,6 +129,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     dp_ranks: int = 1
     experts: Experts | None = None
+    drafter: Drafter | None = None
 
 
 def batch_of(works: Seq[Work]) -> StepBatch:

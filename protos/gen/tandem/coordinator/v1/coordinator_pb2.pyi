@@ -518,6 +518,9 @@ class WorkerStats(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
     EXPERT_MAP_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_STEPS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests in the batch."""
     waiting: _builtins.int
@@ -546,6 +549,12 @@ class WorkerStats(_message.Message):
     """Fetches of others turned down since start."""
     leases_expired: _builtins.int
     """Leases that ran out since start."""
+    draft_tokens: _builtins.int
+    """Tokens drafted by multi-token prediction since start."""
+    accepted_tokens: _builtins.int
+    """Drafted tokens that were then generated, since start."""
+    decode_steps: _builtins.int
+    """Steps of one sequence that generated since start: tokens a step are 1 + accepted / these."""
     @_builtins.property
     def kv_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """KV bytes fetched since start, by transport."""
@@ -600,10 +609,13 @@ class WorkerStats(_message.Message):
         adapters: _abc.Iterable[_builtins.str] | None = ...,
         expert_tokens: _abc.Iterable[_builtins.int] | None = ...,
         expert_map: Global___ExpertMap | None = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+        decode_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expert_map", b"expert_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "expert_map", b"expert_map", "expert_tokens", b"expert_tokens", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_tiers", b"kv_tiers", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "ranks", b"ranks", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "adapters", b"adapters", "cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "decode_steps", b"decode_steps", "draft_tokens", b"draft_tokens", "expert_map", b"expert_map", "expert_tokens", b"expert_tokens", "finished", b"finished", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "kv_bytes", b"kv_bytes", "kv_refused", b"kv_refused", "kv_tiers", b"kv_tiers", "kv_traffic", b"kv_traffic", "leases", b"leases", "leases_expired", b"leases_expired", "preempted", b"preempted", "prefill_tokens_per_second", b"prefill_tokens_per_second", "queued_tokens", b"queued_tokens", "ranks", b"ranks", "running", b"running", "step_seconds", b"step_seconds", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

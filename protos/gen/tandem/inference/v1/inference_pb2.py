@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.generation.v1 import generation_pb2 as tandem_dot_generation_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tandem/inference/v1/inference.proto\x12\x13tandem.inference.v1\x1a%tandem/generation/v1/generation.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"?\n\tChatInput\x12\x32\n\x08messages\x18\x01 \x03(\x0b\x32 .tandem.inference.v1.ChatMessage\"\x1f\n\nTokenInput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xd5\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12.\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1e.tandem.inference.v1.ChatInputH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.tandem.inference.v1.TokenInputH\x00\x12\x36\n\x08sampling\x18\x05 \x01(\x0b\x32$.tandem.generation.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0f\n\x07session\x18\t \x01(\t\x12\x38\n\rservice_level\x18\n \x01(\x0b\x32!.tandem.inference.v1.ServiceLevelB\x07\n\x05input\"9\n\x0cServiceLevel\x12\x14\n\x0cttft_seconds\x18\x01 \x01(\x01\x12\x13\n\x0bitl_seconds\x18\x02 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcf\x01\n\x0cRouteAttempt\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\x12\x32\n\nprefill_kv\x18\x07 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"\x84\x01\n\x05Route\x12\x33\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32!.tandem.inference.v1.RouteAttempt\x12\x19\n\x11placement_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\"\xab\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x05 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.tandem.inference.v1.Usage\x12)\n\x05route\x18\x07 \x01(\x0b\x32\x1a.tandem.inference.v1.Route\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\"N\n\x15StreamGenerateRequest\x12\x35\n\x07request\x18\x01 \x01(\x0b\x32$.tandem.inference.v1.GenerateRequest\"\xb1\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x05 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.tandem.inference.v1.Usage\x12)\n\x05route\x18\x07 \x01(\x0b\x32\x1a.tandem.inference.v1.Route\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\"\x13\n\x11ListModelsRequest\"t\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x04 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x05 \x01(\r\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.tandem.inference.v1.Model2\xb7\x02\n\x10InferenceService\x12W\n\x08Generate\x12$.tandem.inference.v1.GenerateRequest\x1a%.tandem.inference.v1.GenerateResponse\x12k\n\x0eStreamGenerate\x12*.tandem.inference.v1.StreamGenerateRequest\x1a+.tandem.inference.v1.StreamGenerateResponse0\x01\x12]\n\nListModels\x12&.tandem.inference.v1.ListModelsRequest\x1a\'.tandem.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tandem/inference/v1/inference.proto\x12\x13tandem.inference.v1\x1a%tandem/generation/v1/generation.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"?\n\tChatInput\x12\x32\n\x08messages\x18\x01 \x03(\x0b\x32 .tandem.inference.v1.ChatMessage\"\x1f\n\nTokenInput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xe6\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12.\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1e.tandem.inference.v1.ChatInputH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.tandem.inference.v1.TokenInputH\x00\x12\x36\n\x08sampling\x18\x05 \x01(\x0b\x32$.tandem.generation.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0f\n\x07session\x18\t \x01(\t\x12\x38\n\rservice_level\x18\n \x01(\x0b\x32!.tandem.inference.v1.ServiceLevel\x12\x0f\n\x07\x61\x64\x61pter\x18\x0b \x01(\tB\x07\n\x05input\"9\n\x0cServiceLevel\x12\x14\n\x0cttft_seconds\x18\x01 \x01(\x01\x12\x13\n\x0bitl_seconds\x18\x02 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xcf\x01\n\x0cRouteAttempt\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\x12\x32\n\nprefill_kv\x18\x07 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\"\x84\x01\n\x05Route\x12\x33\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32!.tandem.inference.v1.RouteAttempt\x12\x19\n\x11placement_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\x03 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x04 \x01(\x01\"\xab\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x05 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.tandem.inference.v1.Usage\x12)\n\x05route\x18\x07 \x01(\x0b\x32\x1a.tandem.inference.v1.Route\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\"N\n\x15StreamGenerateRequest\x12\x35\n\x07request\x18\x01 \x01(\x0b\x32$.tandem.inference.v1.GenerateRequest\"\xb1\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x34\n\x08logprobs\x18\x04 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x05 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.tandem.inference.v1.Usage\x12)\n\x05route\x18\x07 \x01(\x0b\x32\x1a.tandem.inference.v1.Route\x12\r\n\x05model\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\"\x13\n\x11ListModelsRequest\"\x86\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\r\x12\x17\n\x0fprefill_workers\x18\x04 \x01(\r\x12\x16\n\x0e\x64\x65\x63ode_workers\x18\x05 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x06 \x03(\t\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.tandem.inference.v1.Model2\xb7\x02\n\x10InferenceService\x12W\n\x08Generate\x12$.tandem.inference.v1.GenerateRequest\x1a%.tandem.inference.v1.GenerateResponse\x12k\n\x0eStreamGenerate\x12*.tandem.inference.v1.StreamGenerateRequest\x1a+.tandem.inference.v1.StreamGenerateResponse0\x01\x12]\n\nListModels\x12&.tandem.inference.v1.ListModelsRequest\x1a\'.tandem.inference.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,27 +39,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENINPUT']._serialized_start=210
   _globals['_TOKENINPUT']._serialized_end=241
   _globals['_GENERATEREQUEST']._serialized_start=244
-  _globals['_GENERATEREQUEST']._serialized_end=585
-  _globals['_SERVICELEVEL']._serialized_start=587
-  _globals['_SERVICELEVEL']._serialized_end=644
-  _globals['_USAGE']._serialized_start=646
-  _globals['_USAGE']._serialized_end=726
-  _globals['_ROUTEATTEMPT']._serialized_start=729
-  _globals['_ROUTEATTEMPT']._serialized_end=936
-  _globals['_ROUTE']._serialized_start=939
-  _globals['_ROUTE']._serialized_end=1071
-  _globals['_GENERATERESPONSE']._serialized_start=1074
-  _globals['_GENERATERESPONSE']._serialized_end=1373
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1375
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1453
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1456
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1761
-  _globals['_LISTMODELSREQUEST']._serialized_start=1763
-  _globals['_LISTMODELSREQUEST']._serialized_end=1782
-  _globals['_MODEL']._serialized_start=1784
-  _globals['_MODEL']._serialized_end=1900
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1902
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1966
-  _globals['_INFERENCESERVICE']._serialized_start=1969
-  _globals['_INFERENCESERVICE']._serialized_end=2280
+  _globals['_GENERATEREQUEST']._serialized_end=602
+  _globals['_SERVICELEVEL']._serialized_start=604
+  _globals['_SERVICELEVEL']._serialized_end=661
+  _globals['_USAGE']._serialized_start=663
+  _globals['_USAGE']._serialized_end=743
+  _globals['_ROUTEATTEMPT']._serialized_start=746
+  _globals['_ROUTEATTEMPT']._serialized_end=953
+  _globals['_ROUTE']._serialized_start=956
+  _globals['_ROUTE']._serialized_end=1088
+  _globals['_GENERATERESPONSE']._serialized_start=1091
+  _globals['_GENERATERESPONSE']._serialized_end=1390
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=1392
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1470
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1473
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1778
+  _globals['_LISTMODELSREQUEST']._serialized_start=1780
+  _globals['_LISTMODELSREQUEST']._serialized_end=1799
+  _globals['_MODEL']._serialized_start=1802
+  _globals['_MODEL']._serialized_end=1936
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1938
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2002
+  _globals['_INFERENCESERVICE']._serialized_start=2005
+  _globals['_INFERENCESERVICE']._serialized_end=2316
 # @@protoc_insertion_point(module_scope)

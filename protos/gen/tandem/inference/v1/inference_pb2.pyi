@@ -109,6 +109,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     SERVICE_LEVEL_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name as ListModels gives it. Empty: the only model served."""
     prompt: _builtins.str
@@ -121,6 +122,8 @@ class GenerateRequest(_message.Message):
     """Requests with the same one (a conversation's, say) are kept together where that costs nothing;
     at most 128 characters.
     """
+    adapter: _builtins.str
+    """LoRA adapter to generate with, by the name that it was loaded under; empty: none."""
     @_builtins.property
     def chat(self) -> Global___ChatInput:
         """A conversation, rendered by the model's chat template."""
@@ -154,10 +157,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         session: _builtins.str = ...,
         service_level: Global___ServiceLevel | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "sampling", b"sampling", "service_level", b"service_level", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "service_level", b"service_level", "session", b"session", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chat", b"chat", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "service_level", b"service_level", "session", b"session", "stop", b"stop", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "chat", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -485,6 +489,7 @@ class Model(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     context_tokens: _builtins.int
@@ -495,6 +500,10 @@ class Model(_message.Message):
     """Prefill workers up."""
     decode_workers: _builtins.int
     """Decode workers up."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that can be asked for now."""
+
     def __init__(
         self,
         *,
@@ -503,10 +512,11 @@ class Model(_message.Message):
         block_tokens: _builtins.int = ...,
         prefill_workers: _builtins.int = ...,
         decode_workers: _builtins.int = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "name", b"name", "prefill_workers", b"prefill_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "name", b"name", "prefill_workers", b"prefill_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
