@@ -55,7 +55,7 @@ class GuideKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """A form that the output must have; `texts`: the schema, expression or grammar, or the choices."""
+    """A form that the output must have; `texts`: schema, expression, grammar, or the choices."""
 
     kind: GuideKind
     texts: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ class StepBatch:
     logit_rows: Int32s
     """[R], indices into T, ascending"""
     fresh: Int32s | None = None
-    """[S]: the first position of each sequence whose KV is written. Rows before it (one at most) are
+    """[S]: first position of each sequence whose KV is written. Rows before it (one at most) are
     computed again for their hidden state, over KV that stands. None: all are written."""
     adapters: tuple[str, ...] = ()
     """[S]: LoRA adapter of each sequence, empty for none; (): none at all."""
@@ -97,7 +97,7 @@ class Drafter(Protocol):
         """Of the layout, the last ones, whose KV draft() writes."""
 
     def draft(self, batch: DraftBatch) -> NDArray[np.float32]:
-        """Writes the rows' KV of these layers; returns logits [R, vocabulary] of the token after."""
+        """Writes the rows' KV of these layers; returns logits [R, vocabulary]."""
 
 
 class Experts(Protocol):
