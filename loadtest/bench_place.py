@@ -111,7 +111,9 @@ async def _worker(channel: grpc.aio.Channel, number: int, there: asyncio.Event) 
     async def say() -> AsyncIterator[pb.RegisterRequest]:
         yield _hello(number)
         keys = _keys(number, BLOCKS_EACH)
-        yield pb.RegisterRequest(kv_events=pb.KvEvents(sequence=1, snapshot=True, stored=keys))
+        yield pb.RegisterRequest(
+            kv_events=pb.KvEvents(sequence=1, snapshot=True, stored=b"".join(keys))
+        )
         while True:
             yield pb.RegisterRequest(heartbeat=pb.Heartbeat(stats=_stats()))
             await asyncio.sleep(HEARTBEAT_SECONDS)

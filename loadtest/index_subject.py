@@ -70,27 +70,29 @@ class Tandem:
 
     def __init__(self) -> None:
         from services.coordinator.core.index import PrefixIndex
+        from services.coordinator.core.packed import PackedKeys
         from tandem.coordinator.v1 import coordinator_pb2 as pb
 
         self._events = pb.KvEvents
+        self._packed = PackedKeys
         self._index = PrefixIndex()
         self._names = [f"worker-{number}" for number in range(WORKERS)]
         self._everyone = sum(map(self._index.add, self._names))
 
     def stored(self, keys: Sequence[Key], parent: Key | None) -> object:
         """See Subject."""
-        return self._events(stored=keys).SerializeToString()
+        return self._events(stored=b"".join(keys)).SerializeToString()
 
     def removed(self, keys: Sequence[Key]) -> object:
         """See Subject."""
-        return self._events(removed=keys).SerializeToString()
+        return self._events(removed=b"".join(keys)).SerializeToString()
 
     def apply(self, worker: int, message: object) -> None:
         """See Subject."""
         assert isinstance(message, bytes)
         events, name = self._events.FromString(message), self._names[worker]
-        self._index.remove(name, events.removed)
-        self._index.store(name, events.stored)
+        self._index.remove(name, self._packed(events.removed))
+        self._index.store(name, self._packed(events.stored))
 
     def settle(self) -> None:
         """See Subject."""

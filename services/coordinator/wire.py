@@ -12,6 +12,7 @@ from kvtransfer.policy import ExportPolicy
 from services.coordinator.core import messages as m
 from services.coordinator.core.core import Core
 from services.coordinator.core.membership import Standing, Worker
+from services.coordinator.core.packed import PackedKeys
 from services.coordinator.core.pools import Pool
 from services.runtime.errors import (
     DeadlineError,
@@ -235,9 +236,7 @@ def report_from(stream: int, message: pb.RegisterRequest) -> m.Event:
         return m.WorkerDraining(stream)
     if kind == "kv_events":
         events = message.kv_events
-        _check_keys("kv_events.stored", stored := tuple(events.stored))
-        _check_keys("kv_events.removed", removed := tuple(events.removed))
-        _check_keys("kv_events.lower", lower := tuple(events.lower))
+        stored, removed, lower = (_packed(events, x) for x in ("stored", "removed", "lower"))
         return m.WorkerKvEvents(stream, events.sequence, events.snapshot, stored, removed, lower)
     if kind == "role_changed":
         role = message.role_changed.role
@@ -385,6 +384,16 @@ def status_to(core: Core, coordinator_id: str, now: float) -> pb.GetStatusRespon
         refused={reason.value: count for reason, count in core.desk.refused.items()},
         uptime_seconds=now - core.started,
     )
+
+
+def _packed(events: pb.KvEvents, field: str) -> PackedKeys:
+    raw: bytes = getattr(events, field)
+    try:
+        return PackedKeys(raw)
+    except ValueError:
+        raise InvalidRequestError(
+            f"kv_events.{field}", f"{len(raw)} bytes", f"keys of {KEY_BYTES} bytes each"
+        ) from None
 
 
 def _check_keys(field: str, keys: tuple[bytes, ...]) -> None:

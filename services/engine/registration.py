@@ -316,7 +316,7 @@ def _messages(events: KvEvents) -> Iterator[pb.KvEvents]:
         message, space = pb.KvEvents(snapshot=snapshot), KEYS_IN_A_MESSAGE
         for name, left in keys.items():
             some = left[:space]
-            getattr(message, name).extend(some)
+            setattr(message, name, b"".join(some))
             del left[:space]
             space -= len(some)
         yield message

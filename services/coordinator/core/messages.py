@@ -7,7 +7,7 @@ that the caller gives, each used once.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.policy import ExportPolicy
@@ -206,9 +206,9 @@ class WorkerKvEvents:
     stream: int
     sequence: int
     snapshot: bool
-    stored: tuple[bytes, ...] = ()
-    removed: tuple[bytes, ...] = ()
-    lower: tuple[bytes, ...] = ()
+    stored: Sequence[bytes] = ()
+    removed: Sequence[bytes] = ()
+    lower: Sequence[bytes] = ()
     """Only in a tier under the pool from now on."""
 
 

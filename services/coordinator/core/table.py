@@ -1,13 +1,14 @@
 """A hash table from keys to small numbers, for millions of keys: 12 bytes a place, no objects.
 
-A key is known by its tag, 64 bits of its hash; two keys of one tag are one key here. The tag's
+A key is known by its tag, 64 bits made of it; two keys of one tag are one key here. The tag's
 upper bits name a row of 8 places, one cache line, in any of which it may be. A key whose row is
 full goes to one of the spare places behind all rows, which a dict knows. When these are used up the
 table doubles: row r becomes rows 2r and 2r + 1, and nothing moves within a row, so that this is a
 copy and no hashing. So between a third and two thirds of the places are in use, and few keys are
 spilled. A batch of keys is looked for at once; a single one by a search through its row's bytes.
 
-Rows are named by Python's keyed hash, so nobody can aim at one.
+A tag is the sum of a key's halves times an odd number that each process draws for itself
+(multiplicative hashing: Dietzfelbinger et al., 1997). So nobody can aim at a row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from struct import Struct
 import numpy as np
 from numpy.typing import NDArray
 
+from services.coordinator.core.packed import PackedKeys
+
 ROW_PLACES = 8
 
 _TAG_BYTES = 8
@@ -27,6 +30,11 @@ _ROWS_AT_ONCE = 4096
 """Rows copied at once when the table grows: what stays in a core's cache."""
 
 _raw = Struct("=q").pack
+_halves = Struct("=QQ").unpack
+
+_FACTOR = hash(b"rows of a key table") & 2**64 - 1 | 1
+"""Python draws the key of its hash when a process starts."""
+_SIGN = 1 << 63
 
 Tags = NDArray[np.int64]
 Places = NDArray[np.int64]
@@ -34,12 +42,22 @@ Places = NDArray[np.int64]
 
 def tags_of(keys: Collection[bytes]) -> Tags:
     """The distinct tags of keys, in order."""
-    tags = np.fromiter(map(hash, keys), np.int64, len(keys))
-    # A hash is never -1, so its complement is never 0, which stands for no key.
-    np.invert(tags, tags)
+    raw = keys.raw if isinstance(keys, PackedKeys) else b"".join(keys)
+    words = np.frombuffer(raw, np.uint64)
+    made = words[::2] + words[1::2]
+    made *= np.uint64(_FACTOR)
+    made[made == 0] = 1  # 0 stands for no key.
+    tags = made.view(np.int64)
     tags.sort()
     twice = tags[1:] == tags[:-1]
     return np.delete(tags, np.flatnonzero(twice)) if twice.any() else tags
+
+
+def tag_of(key: bytes) -> int:
+    """The tag of one key."""
+    low, high = _halves(key)
+    made: int = (low + high) * _FACTOR & 2**64 - 1 or 1
+    return (made ^ _SIGN) - _SIGN
 
 
 class KeyTable:
@@ -59,13 +77,13 @@ class KeyTable:
 
     def place(self, key: bytes) -> int:
         """The place of one key; -1: it is not here."""
-        tag = ~hash(key)
+        tag = tag_of(key)
         at = self._place_in_row(tag, tag)
         return at if at >= 0 or tag not in self._spilled else self._spilled[tag]
 
     def claim_one(self, key: bytes) -> int:
         """As claim(), for a key that is not here. -1 if there is no room."""
-        tag = ~hash(key)
+        tag = tag_of(key)
         at = self._place_in_row(tag, 0)
         if at < 0:
             return self._spill(tag) if self._spare else -1

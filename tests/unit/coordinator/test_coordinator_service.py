@@ -232,7 +232,7 @@ class TestRegister:
         await call.write(pb.RegisterRequest(heartbeat=pb.Heartbeat()))
         await fails(call.read(), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
 
-    @pytest.mark.parametrize("events", [{"stored": [b"short"]}, {"removed": [KEY + b"x"]}])
+    @pytest.mark.parametrize("events", [{"stored": b"short"}, {"removed": KEY + b"x"}])
     async def test_keys_of_a_wrong_length(self, channel, register, events):
         call = await register(channel)
         message = pb.KvEvents(sequence=1, snapshot=True, **events)
@@ -255,7 +255,7 @@ class TestRegister:
     async def test_a_gap_is_answered(self, channel, register):
         call = await register(channel)
         for sequence in (1, 3):
-            message = pb.KvEvents(sequence=sequence, snapshot=sequence == 1, stored=[KEY])
+            message = pb.KvEvents(sequence=sequence, snapshot=sequence == 1, stored=KEY)
             await call.write(pb.RegisterRequest(kv_events=message))
         assert (await call.read()).HasField("resync")
 
@@ -263,7 +263,7 @@ class TestRegister:
 async def test_status_and_models(channel, register):
     call = await register(channel)
     await register(channel, "prefill-0", pb.WORKER_ROLE_PREFILL, context_tokens=256)
-    message = pb.KvEvents(sequence=1, snapshot=True, stored=[KEY])
+    message = pb.KvEvents(sequence=1, snapshot=True, stored=KEY)
     await call.write(pb.RegisterRequest(kv_events=message))
     await call.write(pb.RegisterRequest(draining=pb.Draining()))
     stub = pb_grpc.CoordinatorServiceStub(channel)

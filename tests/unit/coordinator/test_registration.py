@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from kvtransfer.keys import KEY_BYTES
 from services.engine import registration as module
 from services.engine.api import EngineStats, KvEvents
 from services.engine.identity import WorkerIdentity
@@ -23,7 +24,11 @@ RESYNC = pb.RegisterResponse(resync=pb.Resync())
 
 
 def key(number):
-    return number.to_bytes(16, "big")
+    return number.to_bytes(KEY_BYTES, "big")
+
+
+def split(raw):
+    return [raw[at : at + KEY_BYTES] for at in range(0, len(raw), KEY_BYTES)]
 
 
 class Engine:
@@ -155,14 +160,14 @@ async def test_hello_then_snapshot_then_changes(registry):
             pid=7,
         )
         first = (await stream.next("kv_events")).kv_events
-        assert (first.sequence, first.snapshot, list(first.stored)) == (1, True, engine.keys)
+        assert (first.sequence, first.snapshot, split(first.stored)) == (1, True, engine.keys)
         assert registration.registered.is_set()
         engine.changes.put_nowait(KvEvents(stored=(key(3),), removed=(key(1),)))
         change = (await stream.next("kv_events")).kv_events
-        assert change == pb.KvEvents(sequence=2, stored=[key(3)], removed=[key(1)])
+        assert change == pb.KvEvents(sequence=2, stored=key(3), removed=key(1))
         engine.changes.put_nowait(KvEvents(stored=(key(9),), snapshot=True))
         again = (await stream.next("kv_events")).kv_events
-        assert again == pb.KvEvents(sequence=3, snapshot=True, stored=[key(9)])
+        assert again == pb.KvEvents(sequence=3, snapshot=True, stored=key(9))
 
 
 async def test_an_empty_cache_is_a_snapshot_too(registry):
@@ -194,7 +199,7 @@ async def test_a_resync_starts_over_with_a_snapshot(registry):
         engine.keys.append(key(2))
         await stream.say(RESYNC)
         again = (await stream.next("kv_events")).kv_events
-        assert again == pb.KvEvents(sequence=1, snapshot=True, stored=[key(1), key(2)])
+        assert again == pb.KvEvents(sequence=1, snapshot=True, stored=key(1) + key(2))
         assert engine.readers == 1
 
 
@@ -207,15 +212,15 @@ async def test_a_large_cache_goes_in_messages_of_bounded_size(registry, monkeypa
         parts = [(await stream.next("kv_events")).kv_events for _ in range(3)]
         assert [p.sequence for p in parts] == [1, 2, 3]
         assert [p.snapshot for p in parts] == [True, False, False]
-        assert [k for p in parts for k in p.stored] == engine.keys
+        assert [k for p in parts for k in split(p.stored)] == engine.keys
         removed, stored = [key(n) for n in range(6)], [key(n) for n in range(20, 25)]
         lower = [key(n) for n in range(40, 47)]
         engine.changes.put_nowait(KvEvents(tuple(stored), tuple(removed), lower=tuple(lower)))
         parts = [(await stream.next("kv_events")).kv_events for _ in range(5)]
-        assert [k for p in parts for k in p.removed] == removed
-        assert [k for p in parts for k in p.lower] == lower
-        assert [k for p in parts for k in p.stored] == stored
-        sizes = [len(p.removed) + len(p.lower) + len(p.stored) for p in parts]
+        assert [k for p in parts for k in split(p.removed)] == removed
+        assert [k for p in parts for k in split(p.lower)] == lower
+        assert [k for p in parts for k in split(p.stored)] == stored
+        sizes = [len(p.removed + p.lower + p.stored) // KEY_BYTES for p in parts]
         assert sizes == [4, 4, 4, 4, 2]
 
 
@@ -327,7 +332,7 @@ async def test_all_are_told_everything_and_none_minds_the_others(registry, anoth
         one, two = await registry.stream(), await another.stream()
         assert (await one.greet()).info == (await two.greet()).info
         for stream in (one, two):
-            assert list((await stream.next("kv_events")).kv_events.stored) == [key(1)]
+            assert (await stream.next("kv_events")).kv_events.stored == key(1)
         assert engine.readers == 2
         await two.fail("going away")
         # The first one's stream goes on; the second one's begins anew, with a snapshot.

@@ -727,29 +727,25 @@ class KvEvents(_message.Message):
     sequence: _builtins.int
     """1 for the first message after Hello or Resync, then one more each time."""
     snapshot: _builtins.bool
-    """The keys in `stored` are all there are; forget others."""
-    @_builtins.property
-    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Keys of full blocks that can be reused or fetched from now on."""
-
-    @_builtins.property
-    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Keys that cannot."""
-
-    @_builtins.property
-    def lower(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Keys of blocks that are only in a tier under the pool from now on, and can be reused or fetched
-        from there. A key is in one of the three lists, and its last mention counts.
-        """
-
+    """The keys in `stored` and `lower` are all there are; forget others."""
+    stored: _builtins.bytes
+    """Keys of full blocks that can be reused or fetched from now on: 16 bytes each, one after the
+    other, as in the other two.
+    """
+    removed: _builtins.bytes
+    """Keys that cannot."""
+    lower: _builtins.bytes
+    """Keys of blocks that are only in a tier under the pool from now on, and can be reused or fetched
+    from there. A key is in one of the three lists, and its last mention counts.
+    """
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         snapshot: _builtins.bool = ...,
-        stored: _abc.Iterable[_builtins.bytes] | None = ...,
-        removed: _abc.Iterable[_builtins.bytes] | None = ...,
-        lower: _abc.Iterable[_builtins.bytes] | None = ...,
+        stored: _builtins.bytes = ...,
+        removed: _builtins.bytes = ...,
+        lower: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
