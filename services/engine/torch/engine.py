@@ -26,7 +26,7 @@ class TorchEngine(SteppedEngine):
         host: str,
         policy: ExportPolicy | None = None,
     ) -> None:
-        super().__init__(lambda: _load(model, engine), engine, kv, host=host, policy=policy)
+        super().__init__(lambda: load(model, engine), engine, kv, host=host, policy=policy)
 
 
 class _Steps:
@@ -62,7 +62,8 @@ class _Steps:
         return self._model.forward(rows, after_layers, layers_per_piece)
 
 
-def _load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
+def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
+    """The model that the settings ask for. Raises what resolve() and LlamaModel.load() raise."""
     folder = resolve(model)
     llama = LlamaModel.load(
         folder.path,
