@@ -125,8 +125,22 @@ class EngineSettings(_Section):
         256, ge=1, description="Prompt tokens computed in one step at most (token budget)."
     )
     context_tokens: int = Field(0, ge=0, description="Context window; 0: the model's own.")
+    draft_tokens: int = Field(
+        1,
+        ge=0,
+        le=8,
+        description="Tokens drafted by multi-token prediction at most, where the model has a layer "
+        "for it. 0: without that layer; then its KV is not in the blocks, so all workers of a "
+        "model need it or none.",
+    )
     scripted_step_seconds: float = Field(
         0.0, ge=0, description="kind=scripted: how long a step takes."
+    )
+    scripted_draft_chance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="kind=scripted: how probably a drafted token is right; 0: nothing is drafted.",
     )
     scripted_dp_ranks: int = Field(
         1,

@@ -44,6 +44,9 @@ class StepBatch:
     """[S]: LoRA adapter of each sequence, empty for none; (): none at all."""
     hidden: bool = False
     """Keep the hidden states of all rows until draft() has used them."""
+    draft_calls: int = 0
+    """How many calls of draft() follow: at least one where there is a Drafter, some perhaps without
+    a row; 0 where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,8 @@ class DraftBatch:
     """T rows of S sequences for a multi-token prediction layer; fields as in StepBatch.
 
     A row at position j takes the token there and the hidden state of position j - 1: so the KV that
-    it writes at j depends on tokens 0..j alone, as every block's does.
+    it writes at j depends on tokens 0..j alone, as every block's does. Its logits are of the token
+    at j + 1. Position 0 has a row too, so that no slot is left unwritten.
     """
 
     token_ids: Int32s
@@ -60,7 +64,8 @@ class DraftBatch:
     block_tables: Int32s
     logit_rows: Int32s
     hidden_rows: Int32s
-    """[T]: row of the forward() before whose hidden state is taken, or of the draft() before."""
+    """[T]: row of the forward() before whose hidden state is taken, or of the draft() before; -1 for
+    position 0, which has none: zeros stand for it."""
     deeper: bool = False
     """hidden_rows are rows of the last draft()."""
     adapters: tuple[str, ...] = ()
@@ -90,7 +95,11 @@ class Model(Protocol):
 
 
 class Drafter(Protocol):
-    """A model with a multi-token prediction layer. Called between two calls of forward()."""
+    """A model with a multi-token prediction layer.
+
+    Called between two calls of forward(), StepBatch.draft_calls times, first for hidden states of
+    forward(), then, `deeper`, for those of the call before. A batch may have no rows.
+    """
 
     @property
     def layers(self) -> int:
