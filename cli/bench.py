@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,10 +17,11 @@ from rich.table import Table
 
 from cli import flags
 from cli import load_flags as f
+from cli.bench_engine import engine
 from cli.cluster import ClusterError, LocalCluster
 from cli.deaths import deaths
 from cli.loadtest import plain_refusals
-from cli.output import INTERRUPTED, CommandError, plain_errors
+from cli.output import INTERRUPTED, plain_errors
 from cli.prepare import prepare
 from cli.up import started
 from loadtest import (
@@ -72,46 +72,7 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it as a PNG here
 Measure = Callable[[asyncio.Event], Awaitable[None]]
 
 
-@app.command()
-def engine(
-    model: Model = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of weights and activations.")
-    ] = "bfloat16",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of both. Default: this machine's cores.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Each subject's, in turn.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One round, one context length, FP8 KV only.")
-    ] = False,
-    json_file: Json = None,
-    plot_file: Plot = None,
-) -> None:
-    """Compare the embedded engine with Hugging Face transformers.
-
-    Same weights, dtype, threads and process, in turns: prefill and decode tokens/s at batch 1, 8
-    and 32. Needs the extra `peer`. Takes many minutes; --quick takes a few.
-    """
-    with plain_errors(), plain_refusals():
-        if plot_file is not None:
-            plot.check_available()
-        if importlib.util.find_spec("transformers") is None:
-            raise CommandError("transformers is missing: pip install 'tandem-serving[torch,peer]'")
-        from loadtest import bench_engine
-
-        places = {"model.name": "model", "model.path": "path"}
-        given: dict[str, Any] = {places[flag.key]: flag.value for flag in flags.model(model)}
-        given |= bench_engine.QUICK if quick else {}
-        given |= {"rounds": rounds} if rounds else {}
-        given |= {"dtype": dtype, "threads": threads or environment.here().cores}
-        with Console(stderr=True).status("loading") as status:
-            report = bench_engine.run(bench_engine.EngineBenchOptions(**given), status.update)
-        bench_engine.show(report, Console())
-        if json_file is not None:
-            bench_engine.write(report, json_file)
-        if plot_file is not None:
-            bench_engine.draw(report, plot_file)
+app.command()(engine)
 
 
 @app.command()
