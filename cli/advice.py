@@ -7,6 +7,12 @@ from services.runtime.client import CallFailedError
 ADVICE = {
     "INVALID_REQUEST": "Change the field that the message names; it says what is allowed.",
     "UNKNOWN_MODEL": "Ask for a model that is served: `tandem status`, or ListModels, names them.",
+    "UNKNOWN_ADAPTER": "Ask for one that the message names, or load it: `tandem adapters load`.",
+    "ADAPTER_NOT_LOADED": "Nothing: the request is placed again.",
+    "ADAPTER_LIMIT": "Unload another adapter (`tandem adapters unload`), or raise the setting that "
+    "the message names.",
+    "UNSUPPORTED_ADAPTER": "The message names the file and key; docs/models.md says which LoRA "
+    "adapters can be served.",
     "DUPLICATE_REQUEST": "Give every request its own request_id, or none.",
     "NO_WORKERS": "Start a worker of the role that is named, or wait until it is back. Then retry.",
     "COORDINATOR_UNAVAILABLE": "Check that the coordinator runs where frontend.coordinator and "

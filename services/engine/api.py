@@ -28,6 +28,7 @@ from typing import Protocol
 from kvtransfer.layout import KvLayout
 from kvtransfer.observe import Traffic
 from kvtransfer.tiers.base import TierStats
+from services.engine.adapters import Adapter, AdapterStatus
 
 
 class FinishReason(enum.Enum):
@@ -99,7 +100,7 @@ class Request:
     dp_rank: int = 0
     """Data-parallel attention rank that takes it, below EngineInfo.dp_ranks."""
     adapter: str = ""
-    """LoRA adapter to compute with, by name; empty: none."""
+    """LoRA adapter to compute with, as name@digest; empty: none."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -302,6 +303,8 @@ class EngineStats:
     ranks: tuple[RankStats, ...] = ()
     """Empty: one rank, which the figures above are of."""
     adapters: tuple[str, ...] = ()
+    """LoRA adapters that requests are taken with, as name@digest; the present one of a name first.
+    """
     expert_tokens: tuple[int, ...] = ()
     """Tokens routed to each logical expert since start, layers x logical, row by row."""
     expert_map: ExpertMap | None = None
@@ -342,7 +345,10 @@ class Engine(Protocol):
         """Cancels what runs, frees everything, ends outputs()."""
 
     def prefill(self, request: Request, hold: Hold, prefix: KvPrefix | None = None) -> None:
-        """Queues a prompt. Raises EngineOverloadedError, or InvalidRequestError if it can't fit."""
+        """Queues a prompt.
+
+        Raises EngineOverloadedError, AdapterNotLoadedError, InvalidRequestError if it can't fit.
+        """
 
     def decode(
         self, request: Request, source: KvSource | None, prefix: KvPrefix | None = None
@@ -366,6 +372,22 @@ class Engine(Protocol):
         plan that is not newer than the present map, for moves that don't lead from that to the
         plan's, and in an engine without experts.
         """
+
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Takes in a LoRA adapter from below engine.adapter_folder; requests may have it then.
+
+        One of the same name is replaced: see adapters.py. Raises InvalidRequestError,
+        UnsupportedAdapterError, AdapterLimitError.
+        """
+
+    def unload_adapter(self, name: str) -> Sequence[AdapterStatus]:
+        """Takes no new requests with it; it is gone when those that have it have ended.
+
+        Raises UnknownAdapterError.
+        """
+
+    def adapters(self) -> Sequence[AdapterStatus]:
+        """All that are held, those that leave included."""
 
     def outputs(self) -> AsyncIterator[StepOutput]:
         """All that comes of requests. One consumer."""

@@ -86,6 +86,7 @@ def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Reque
         output_token_ids=tuple(message.output_token_ids),
         sampling=sampling,
         tenant=message.tenant,
+        adapter=message.adapter,
     )
 
 

@@ -76,6 +76,20 @@ class UnknownModelError(TandemError):
     code = "NOT_FOUND"
 
 
+class UnknownAdapterError(TandemError):
+    """No worker has this LoRA adapter."""
+
+    reason = "UNKNOWN_ADAPTER"
+    code = "NOT_FOUND"
+
+
+class AdapterLimitError(TandemError):
+    """A worker has no room for another LoRA adapter, or not for one like this."""
+
+    reason = "ADAPTER_LIMIT"
+    code = "RESOURCE_EXHAUSTED"
+
+
 class DuplicateRequestError(TandemError):
     """A live request has this id."""
 
@@ -140,6 +154,13 @@ class RoleChangedError(RetryableError):
     """The worker has changed its role and does not serve this now."""
 
     reason = "ROLE_CHANGED"
+    code = "UNAVAILABLE"
+
+
+class AdapterNotLoadedError(RetryableError):
+    """The worker does not have the LoRA adapter that a request was placed with."""
+
+    reason = "ADAPTER_NOT_LOADED"
     code = "UNAVAILABLE"
 
 

@@ -36,6 +36,9 @@ Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 """host:port of each; also as one text with commas."""
 
 
+AdapterPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}=[^,]+$")]
+"""name=folder."""
+
 ExpertCounts = Annotated[str, Field(pattern=r"^([1-9]\d{0,4}(/[1-9]\d{0,4}){5})?$")]
 """layers/logical/physical/groups/hosts/gpus."""
 
@@ -132,6 +135,23 @@ class EngineSettings(_Section):
         description="Tokens drafted by multi-token prediction at most, where the model has a layer "
         "for it. 0: without that layer; then its KV is not in the blocks, so all workers of a "
         "model need it or none.",
+    )
+    adapters: Annotated[tuple[AdapterPath, ...], BeforeValidator(_split)] = Field(
+        (),
+        description="LoRA adapters loaded at the start, name=folder; folders are of PEFT's form, "
+        "and relative to adapter_folder if that is set.",
+    )
+    adapter_folder: str = Field(
+        "",
+        description="Folder that adapters may be loaded from while the worker runs (`tandem "
+        "adapters load`); nothing outside of it is read. Empty: none may be.",
+    )
+    max_adapters: int = Field(
+        16, ge=0, description="LoRA adapters loaded at once, those that are leaving included."
+    )
+    max_adapter_rank: int = Field(64, ge=1, le=1024, description="Highest rank of an adapter.")
+    adapter_memory_mib: int = Field(
+        1024, ge=1, description="Memory of all adapters' weights together, MiB."
     )
     scripted_step_seconds: float = Field(
         0.0, ge=0, description="kind=scripted: how long a step takes."

@@ -45,6 +45,13 @@ class UnsupportedModelError(TandemError):
     code = "FAILED_PRECONDITION"
 
 
+class UnsupportedAdapterError(TandemError):
+    """A LoRA adapter is damaged, or is not one for this model and engine."""
+
+    reason = "UNSUPPORTED_ADAPTER"
+    code = "FAILED_PRECONDITION"
+
+
 class NotInvariantError(TandemError):
     """Batch invariance was asked for and can't be had on this machine."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtransfer.policy import ExportPolicy
+from services.engine.scripted.adapters import ScriptedAdapters
 from services.engine.scripted.experts import ScriptedExperts, shape_of
 from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
 from services.engine.stepped.batch import LoadedModel
@@ -29,11 +30,13 @@ class ScriptedEngine(SteppedEngine):
 
         def load() -> LoadedModel:
             experts = None if shape is None else ScriptedExperts(shape)
+            adapters = ScriptedAdapters()
             scripted = ScriptedModel(
                 model.name,
                 block_tokens=engine.block_tokens,
                 step_seconds=engine.scripted_step_seconds,
                 experts=experts,
+                adapters=adapters,
             )
             return LoadedModel(
                 scripted,
@@ -43,6 +46,7 @@ class ScriptedEngine(SteppedEngine):
                 (EOS,),
                 dp_ranks=engine.scripted_dp_ranks,
                 experts=experts,
+                adapters=adapters,
             )
 
         super().__init__(load, engine, kv, host=host, policy=policy)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout, gqa_layout
+from services.engine.scripted.adapters import ScriptedAdapters
 from services.engine.scripted.experts import ScriptedExperts
 from services.engine.stepped.batch import AfterLayers, StepBatch
 
@@ -43,6 +44,7 @@ class ScriptedModel:
         block_tokens: int,
         step_seconds: float = 0.0,
         experts: ScriptedExperts | None = None,
+        adapters: ScriptedAdapters | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.layout: KvLayout = gqa_layout(
@@ -56,6 +58,7 @@ class ScriptedModel:
         self.numerics = f"scripted-1-{name}"
         self._step_seconds = step_seconds
         self._experts = experts
+        self._adapters = adapters or ScriptedAdapters()
         self._sleep = sleep
 
     def bind(self, memory: NDArray[np.uint8]) -> None:
@@ -83,10 +86,13 @@ class ScriptedModel:
         if self._experts is not None:
             self._experts.route(batch.token_ids)
         blocks, offsets = self._places(batch)
+        counts = np.diff(batch.query_starts)
+        adapters = self._adapters.masks(batch.adapters, len(counts))
+        marked = batch.token_ids.astype(np.uint32) ^ np.repeat(adapters, counts)
         for first in range(0, LAYERS, layers_per_piece):
             layers = min(layers_per_piece, LAYERS - first)
             for layer in range(first, first + layers):
-                tokens = batch.token_ids.astype(np.uint32) ^ _mask(layer)
+                tokens = marked ^ _mask(layer)
                 self._k[blocks, layer, offsets] = tokens[:, None]
                 self._v[blocks, layer, offsets] = batch.positions[:, None]
             if after_layers is not None:
@@ -95,7 +101,9 @@ class ScriptedModel:
         for i, row in enumerate(batch.logit_rows):
             sequence = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
             length = int(batch.positions[row]) + 1
-            logits[i] = logits_of(self._read(batch.block_tables[sequence], length))
+            adapter = adapters[sequence]
+            read = self._read(batch.block_tables[sequence], length, adapter)
+            logits[i] = logits_of(read, int(adapter))
         return logits
 
     def _places(self, batch: StepBatch) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -108,13 +116,13 @@ class ScriptedModel:
             raise IndexError("a token has no block")
         return blocks.astype(np.intp), offsets.astype(np.intp)
 
-    def _read(self, table: NDArray[np.int32], length: int) -> bytes:
+    def _read(self, table: NDArray[np.int32], length: int, adapter: np.uint32) -> bytes:
         """The tokens of a sequence by its KV. Raises RuntimeError if layers or places disagree."""
         blocks = table[: -(-length // self.layout.block_tokens)]
         masks = np.array([_mask(layer) for layer in range(LAYERS)])
         k = self._k[blocks, :, :, 0].transpose(1, 0, 2).reshape(LAYERS, -1)[:, :length]
         v = self._v[blocks, :, :, 0].transpose(1, 0, 2).reshape(LAYERS, -1)[:, :length]
-        tokens = k ^ masks[:, None]
+        tokens = k ^ masks[:, None] ^ adapter
         if (tokens != tokens[0]).any() or (v != np.arange(length)).any():
             raise RuntimeError("the KV pool does not hold what was computed")
         return bytes(tokens[0].astype("<u4"))
@@ -124,9 +132,13 @@ def _mask(layer: int) -> np.uint32:
     return np.uint32((layer + 1) * 0x9E3779B1 & 0xFFFFFFFF)
 
 
-def logits_of(tokens: bytes) -> NDArray[np.float32]:
-    """What the model says after these tokens, each a little-endian uint32: [GENERATED]."""
-    bits = np.frombuffer(hashlib.shake_128(tokens).digest(2 * GENERATED), dtype="<u2")
+def logits_of(tokens: bytes, adapter: int = 0) -> NDArray[np.float32]:
+    """What the model says after these tokens, each a little-endian uint32: [GENERATED].
+
+    `adapter` is the mask of the LoRA adapter, 0 for none.
+    """
+    said = tokens + adapter.to_bytes(4, "little") if adapter else tokens
+    bits = np.frombuffer(hashlib.shake_128(said).digest(2 * GENERATED), dtype="<u2")
     logits = bits.astype(np.float32) * np.float32(_SPREAD / 2**16)
     logits[: EOS + 1] = -np.inf
     return logits

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
+from services.engine.adapters import Adapter, AdapterFiles, AdapterLimits
 from services.engine.api import ExpertMap, ExpertMove, ExpertShape
 from services.engine.stepped.scheduler import Work
 
@@ -41,7 +42,7 @@ class StepBatch:
     """[S]: first position of each sequence whose KV is written. Rows before it (one at most) are
     computed again for their hidden state, over KV that stands. None: all are written."""
     adapters: tuple[str, ...] = ()
-    """[S]: LoRA adapter of each sequence, empty for none; (): none at all."""
+    """[S]: LoRA adapter of each sequence, name@digest, empty for none; (): none at all."""
     hidden: bool = False
     """Keep the hidden states of all rows until draft() has used them."""
     draft_calls: int = 0
@@ -127,6 +128,22 @@ class Experts(Protocol):
         """Copies between two steps, for a plan that leads from `map` to it."""
 
 
+class Adapters(Protocol):
+    """A model's LoRA adapters, each under its id (name@digest)."""
+
+    def read(self, files: AdapterFiles, limits: AdapterLimits) -> tuple[Adapter, Any]:
+        """Makes weights of an adapter's files. Any thread; slow.
+
+        Raises UnsupportedAdapterError, and AdapterLimitError if they are beyond the limits.
+        """
+
+    def put(self, adapter_id: str, weights: Any) -> None:
+        """Batches may name it from now on. The step thread calls, as for the next one."""
+
+    def drop(self, adapter_id: str) -> None:
+        """No batch will name it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model, and what the engine must know about it beside its computation."""
@@ -138,6 +155,8 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     dp_ranks: int = 1
     experts: Experts | None = None
+    adapters: Adapters | None = None
+    """None: it takes none."""
     drafter: Drafter | None = None
 
 

@@ -31,6 +31,7 @@ from kvtransfer.keys import KeyChain, salt
 from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
 from kvtransfer.tiers.build import open_tiers
+from services.engine.adapters import Adapter, AdapterStatus
 from services.engine.api import (
     EngineFault,
     EngineInfo,
@@ -49,6 +50,7 @@ from services.engine.api import (
     TokenOutput,
 )
 from services.engine.experts import check_plan
+from services.engine.stepped.adapters import EngineAdapters
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
 from services.engine.stepped.prefix import tier_timeout
@@ -83,6 +85,7 @@ class _Request:
     prompt_tokens: int
     """Still to be computed here, as far as is known."""
     dp_rank: int = 0
+    adapter: str = ""
     proceeded: float | None = None
     """When its first tokens came from prefill: since then it waits for its KV alone."""
 
@@ -169,6 +172,7 @@ class SteppedEngine:
             experts=None if loaded.experts is None else loaded.experts.shape,
         )
         self._experts = loaded.experts
+        self._adapters.begin(self._inbox)
         self._stepper = Stepper(
             loaded.model,
             store,
@@ -178,6 +182,7 @@ class SteppedEngine:
             bandwidth=self._bandwidth,
             clock=self._clock,
             dp_ranks=loaded.dp_ranks,
+            adapters=loaded.adapters,
         )
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
@@ -233,6 +238,7 @@ class SteppedEngine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self._inbox.put(Cancel(live.serial, request_id))
+            self._adapters.end(live.adapter)
         else:
             self._store.release_lease(request_id)
 
@@ -245,6 +251,18 @@ class SteppedEngine:
             )
         check_plan(experts.shape, experts.map, plan, moves)
         experts.move(plan, moves)
+
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Takes in a LoRA adapter from below engine.adapter_folder; requests may have it then."""
+        return await self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> list[AdapterStatus]:
+        """Takes no new requests with it; it is gone when those that have it have ended."""
+        return self._adapters.unload(name)
+
+    def adapters(self) -> list[AdapterStatus]:
+        """All that are held, those that leave included."""
+        return self._adapters.status()
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """All that comes of requests. One consumer."""
@@ -299,6 +317,7 @@ class SteppedEngine:
             leases_expired=store.expired,
             kv_tiers=store.tiers,
             ranks=self._ranks(load),
+            adapters=self._adapters.listed,
             expert_tokens=() if self._experts is None else self._experts.tokens(),
             expert_map=None if self._experts is None else self._experts.map,
         )
@@ -353,20 +372,23 @@ class SteppedEngine:
             raise InvalidRequestError(
                 "prompt_token_ids", wrong, f"token ids are 0 to {info.vocabulary - 1}"
             )
+        self._adapters.check(request.adapter)
 
     def _submit(
         self, request: Request, role: Role, source: KvSource | None, prefix: KvPrefix | None
     ) -> None:
         layout = self._store.layout
-        chain = KeyChain(salt(self._name, layout.fingerprint, request.tenant), layout.block_tokens)
+        salted = salt(self._name, layout.fingerprint, request.tenant, request.adapter)
+        chain = KeyChain(salted, layout.block_tokens)
         serial = next(self._serials)
         prefix = prefix if self._kv_settings.prefix_fetch else None
         sequence = Sequence.of(serial, request, role, chain, source, prefix)
         if request.deadline_seconds is not None:
             sequence.deadline = self._clock() + request.deadline_seconds
         self._live[request.request_id] = _Request(
-            serial, 0 if source else sequence.context, request.dp_rank
+            serial, 0 if source else sequence.context, request.dp_rank, request.adapter
         )
+        self._adapters.use(request.adapter)
         self._inbox.put(Submit(sequence))
 
     # Results
@@ -398,6 +420,7 @@ class SteppedEngine:
             outputs.append(output)
             if output.finish_reason is not None or output.prefill_done:
                 del self._live[output.request_id]
+                self._adapters.end(live.adapter)
         if outputs:
             self._outputs.put_nowait(StepOutput(tuple(outputs)))
 
@@ -551,6 +574,7 @@ class SteppedEngine:
     def _open(self) -> tuple[LoadedModel, KvStore, int]:
         """Everything slow about a start, not on the event loop: model, pool, context window."""
         loaded = self._load()
+        self._adapters = EngineAdapters(loaded.adapters, self._settings, self._clock)
         layout = loaded.model.layout
         blocks = self._settings.kv_blocks
         blocks = blocks or self._settings.kv_memory_mib * MEBIBYTE // layout.block_bytes
@@ -559,6 +583,7 @@ class SteppedEngine:
         window = context_window(loaded.context_tokens, self._settings, store)
         loaded.model.bind(store.memory)
         loaded.model.warm_up()
+        self._adapters.load_first()
         self._open_tiers(store, loaded.model.numerics)
         return loaded, store, window
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from services.engine.api import EngineFault
 from services.engine.stepped.sequence import Sequence
@@ -60,11 +61,19 @@ class FetchStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeAdapter:
+    """Give the model an adapter's weights, or drop them (None); who uses them comes after."""
+
+    adapter_id: str
+    weights: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """End the step thread once no request is left."""
 
 
-Command = Submit | Proceed | Cancel | FetchStopped | Close
+Command = Submit | Proceed | Cancel | FetchStopped | ChangeAdapter | Close
 
 
 class Inbox:

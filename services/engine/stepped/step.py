@@ -22,9 +22,16 @@ from services.engine.api import (
     RankStats,
     TokenOutput,
 )
-from services.engine.stepped.batch import Model, batch_of
+from services.engine.stepped.batch import Adapters, Model, batch_of
 from services.engine.stepped.deadlines import Deadlines
-from services.engine.stepped.inbox import Cancel, Command, FetchStopped, Proceed, Submit
+from services.engine.stepped.inbox import (
+    Cancel,
+    ChangeAdapter,
+    Command,
+    FetchStopped,
+    Proceed,
+    Submit,
+)
 from services.engine.stepped.phases import Phase
 from services.engine.stepped.prefix import Verdict, judge
 from services.engine.stepped.ranks import rank_stats
@@ -101,7 +108,9 @@ class Stepper:
         bandwidth: Bandwidth,
         clock: Callable[[], float],
         dp_ranks: int = 1,
+        adapters: Adapters | None = None,
     ) -> None:
+        self._adapters = adapters
         self._dp_ranks = dp_ranks
         self._model = model
         self._store = store
@@ -138,6 +147,8 @@ class Stepper:
             self._fetch_stopped(command)
         elif isinstance(command, Proceed):
             self._proceed(command)
+        elif isinstance(command, ChangeAdapter):
+            self._change_adapter(command)
         elif isinstance(command, Cancel):
             live = self._live.get(command.serial)
             if live is not None:
@@ -257,6 +268,14 @@ class Stepper:
         return max(here * self._block_tokens, held)
 
     # Commands
+
+    def _change_adapter(self, change: ChangeAdapter) -> None:
+        """Only here, between two steps: so no batch names an adapter that is not there."""
+        assert self._adapters is not None
+        if change.weights is None:
+            self._adapters.drop(change.adapter_id)
+        else:
+            self._adapters.put(change.adapter_id, change.weights)
 
     def _submit(self, sequence: Sequence) -> None:
         self._live[sequence.serial] = _Live(sequence)

@@ -573,7 +573,7 @@ class WorkerStats(_message.Message):
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """LoRA adapters loaded."""
+        """LoRA adapters that requests are taken with, as name@digest; of one name the one that it stands for first."""
 
     @_builtins.property
     def expert_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1079,7 +1079,7 @@ class PlaceRequest(_message.Message):
     session: _builtins.str
     """Requests with the same one are kept together where that costs nothing; empty: none."""
     adapter: _builtins.str
-    """LoRA adapter wanted; empty: none."""
+    """LoRA adapter wanted, as name@digest: only workers that have it get the request. Empty: none."""
     region: _builtins.str
     """Region of the frontend that asks."""
     ttft_seconds: _builtins.float
@@ -1317,6 +1317,7 @@ class ServedModel(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Its name."""
     kv_layout: _builtins.str
@@ -1329,6 +1330,12 @@ class ServedModel(_message.Message):
     """Prefill workers up and not draining."""
     decode_workers: _builtins.int
     """Decode workers up and not draining."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedAdapter]:
+        """LoRA adapters that requests can be placed with, by id. Several of one name: workers hold different weights
+        under it, or replace one by another now.
+        """
+
     def __init__(
         self,
         *,
@@ -1338,14 +1345,45 @@ class ServedModel(_message.Message):
         context_tokens: _builtins.int = ...,
         prefill_workers: _builtins.int = ...,
         decode_workers: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___ServedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "kv_layout", b"kv_layout", "model", b"model", "prefill_workers", b"prefill_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "kv_layout", b"kv_layout", "model", b"model", "prefill_workers", b"prefill_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
+
+@_typing.final
+class ServedAdapter(_message.Message):
+    """A LoRA adapter that some decode worker has loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKERS_FIELD_NUMBER: _builtins.int
+    CURRENT_WORKERS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """name@digest; see adapters.proto."""
+    decode_workers: _builtins.int
+    """Decode workers, up and not draining, that can take requests with it."""
+    current_workers: _builtins.int
+    """Of these, how many mean it by its bare name: others are about to unload it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        decode_workers: _builtins.int = ...,
+        current_workers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current_workers", b"current_workers", "decode_workers", b"decode_workers", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedAdapter: _TypeAlias = ServedAdapter  # noqa: Y015
 
 @_typing.final
 class GetModelsResponse(_message.Message):

@@ -340,7 +340,7 @@ class TokenRequest(_message.Message):
     tenant: _builtins.str
     """Tenant whose KV blocks this request may share; part of every block key."""
     adapter: _builtins.str
-    """LoRA adapter to compute with, part of every block key; empty: none."""
+    """LoRA adapter to compute with, as name@digest, part of every block key; empty: none."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""

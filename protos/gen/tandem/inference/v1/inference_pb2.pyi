@@ -123,7 +123,7 @@ class GenerateRequest(_message.Message):
     at most 128 characters.
     """
     adapter: _builtins.str
-    """LoRA adapter to generate with, by the name that it was loaded under; empty: none."""
+    """LoRA adapter to generate with: a name, or name@digest for just these weights. Empty: none."""
     @_builtins.property
     def chat(self) -> Global___ChatInput:
         """A conversation, rendered by the model's chat template."""
@@ -502,7 +502,7 @@ class Model(_message.Message):
     """Decode workers up."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """LoRA adapters that can be asked for now."""
+        """LoRA adapters that can be asked for now, as name@digest."""
 
     def __init__(
         self,
