@@ -14,6 +14,7 @@ from kvtransfer.layout import KvLayout
 from services.engine.adapters import Adapter, AdapterFiles, AdapterLimits
 from services.engine.api import ExpertMap, ExpertMove, ExpertShape
 from services.engine.stepped.scheduler import Work
+from services.engine.stepped.sequence import Sequence
 
 Int32s = NDArray[np.int32]
 AfterLayers = Callable[[int, int], None]
@@ -65,8 +66,8 @@ class DraftBatch:
     block_tables: Int32s
     logit_rows: Int32s
     hidden_rows: Int32s
-    """[T]: row of the forward() before whose hidden state is taken, or of the draft() before; -1 for
-    position 0, which has none: zeros stand for it."""
+    """[T]: row of the forward() before, or of the draft() before, whose hidden state is taken; -1
+    for position 0, which has none: zeros stand for it."""
     deeper: bool = False
     """hidden_rows are rows of the last draft()."""
     adapters: tuple[str, ...] = ()
@@ -160,18 +161,44 @@ class LoadedModel:
     drafter: Drafter | None = None
 
 
-def batch_of(works: Seq[Work]) -> StepBatch:
+def batch_of(works: Seq[Work], draft_calls: int = 0) -> StepBatch:
     """The arrays of a plan's work, in its order."""
     starts = np.zeros(len(works) + 1, dtype=np.int32)
-    np.cumsum([w.count for w in works], out=starts[1:])
+    np.cumsum([w.rows for w in works], out=starts[1:])
     tokens = np.empty(starts[-1], dtype=np.int32)
     positions = np.empty(starts[-1], dtype=np.int32)
-    width = max(len(w.sequence.blocks) for w in works)
-    tables = np.full((len(works), width), -1, dtype=np.int32)
+    logit_rows: list[int] = []
     for i, work in enumerate(works):
         rows = slice(starts[i], starts[i + 1])
-        tokens[rows] = work.sequence.tokens[work.start : work.end]
-        positions[rows] = np.arange(work.start, work.end)
-        tables[i, : len(work.sequence.blocks)] = work.sequence.blocks
-    logit_rows = [starts[i + 1] - 1 for i, w in enumerate(works) if w.sample]
-    return StepBatch(tokens, positions, starts, tables, np.array(logit_rows, dtype=np.int32))
+        tokens[rows] = [*work.sequence.tokens[work.first : work.end], *work.drafts]
+        positions[rows] = np.arange(work.first, work.first + work.rows)
+        if work.sample:
+            logit_rows += range(starts[i + 1] - 1 - len(work.drafts), starts[i + 1])
+    return StepBatch(
+        tokens,
+        positions,
+        starts,
+        tables_of([w.sequence for w in works]),
+        np.array(logit_rows, dtype=np.int32),
+        fresh=np.array([w.start for w in works], dtype=np.int32)
+        if any(w.refresh for w in works)
+        else None,
+        adapters=adapters_of([w.sequence for w in works]),
+        hidden=draft_calls > 0,
+        draft_calls=draft_calls,
+    )
+
+
+def adapters_of(sequences: Seq[Sequence]) -> tuple[str, ...]:
+    """LoRA adapter of each; () if none has one."""
+    adapters = tuple(s.request.adapter for s in sequences)
+    return adapters if any(adapters) else ()
+
+
+def tables_of(sequences: Seq[Sequence]) -> Int32s:
+    """Blocks of each: [S, B], rows padded with -1."""
+    width = max((len(s.blocks) for s in sequences), default=0)
+    tables = np.full((len(sequences), width), -1, dtype=np.int32)
+    for i, sequence in enumerate(sequences):
+        tables[i, : len(sequence.blocks)] = sequence.blocks
+    return tables

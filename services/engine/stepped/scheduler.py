@@ -13,6 +13,12 @@ Rules, in the order they apply to every step:
    a step in which a sequence lacked a block.
 5. A sequence that is to compute a prompt whose start another worker holds may fetch that first;
    whether it should is for somebody else to judge. It is asked once, at admission.
+6. Drafts are a way to use what is left. Their blocks are taken from free or evictable ones, after
+   those of rule 1, and are the first to be given back when one is lacking; drafts without a block
+   are left out. Their rows count in the token budget.
+7. A draft layer takes the hidden state of the token before. Where that was not computed in the
+   last step (its KV came from the cache, a tier, another worker), it is computed again: one row
+   more, which writes nothing.
 """
 
 from __future__ import annotations
@@ -47,17 +53,33 @@ class BlockSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute KV for tokens [start, start + count) of a sequence; `sample` the token after."""
+    """Compute KV for tokens [start, start + count) of a sequence; `sample` the token after.
+
+    And those after it, as long as they are the `drafts`.
+    """
 
     sequence: Sequence
     start: int
     count: int
     sample: bool
+    drafts: tuple[int, ...] = ()
+    refresh: bool = False
+    """Compute the token before `start` again, for its hidden state."""
 
     @property
     def end(self) -> int:
-        """First position not computed."""
+        """First position not computed, were it not for drafts."""
         return self.start + self.count
+
+    @property
+    def first(self) -> int:
+        """Position of the first row."""
+        return self.start - self.refresh
+
+    @property
+    def rows(self) -> int:
+        """Positions in the step."""
+        return self.refresh + self.count + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +128,16 @@ class Scheduler:
         max_running: int,
         judge: Judge,
         in_tiers: Callable[[Seq[bytes]], int] = lambda _keys: 0,
+        draft_tokens: int | None = None,
     ) -> None:
+        """`draft_tokens`: most that are drafted at once; None: there is no draft layer."""
         self._pool = pool
         self._judge = judge
         self._in_tiers = in_tiers
         self._block_tokens = block_tokens
         self._chunk_tokens = chunk_tokens
         self._max_running = max_running
+        self._draft_tokens = draft_tokens
         # Both by serial, ascending: the order of arrival.
         self._waiting: list[Sequence] = []
         self._admitted: list[Sequence] = []
@@ -146,13 +171,16 @@ class Scheduler:
         """What the next step does. Allocates, preempts and admits; `advance` must follow."""
         preempted: list[Sequence] = []
         starved = self._grow(preempted)
+        if not starved:
+            self._make_room_for_drafts()
         running = [s for s in self._admitted if s.phase is Phase.RUNNING and s not in starved]
         work = [self._work(s, 1) for s in running if s.remaining == 1]
-        left = max(self._chunk_tokens - len(work), self._chunk_tokens // 4, 1)
+        left = self._chunk_tokens - sum(w.rows for w in work)
+        left = max(left, self._chunk_tokens // 4, 1)
         for sequence in running:
             if sequence.remaining > 1 and left > 0:
                 work.append(self._work(sequence, left))
-                left -= work[-1].count
+                left -= work[-1].rows
         returning = any(s.phase is Phase.RETURNING for s in self._admitted)
         admitted: list[Sequence] = []
         fetches: list[Fetch] = []
@@ -166,14 +194,15 @@ class Scheduler:
                 fetches.append(self._fetch(sequence, source))
             elif sequence.phase is Phase.FETCHING:
                 fetches.append(self._prefix_fetch(sequence, prefix))
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is Phase.RUNNING and left > 0:
                 work.append(self._work(sequence, left))
-                left -= work[-1].count
+                left -= work[-1].rows
         return Plan(tuple(work), tuple(admitted), tuple(fetches), tuple(preempted))
 
     def advance(self, plan: Plan) -> None:
-        """The plan's work has been computed."""
+        """The plan's work has been computed; whether drafts were right is not known yet."""
         for work in plan.work:
+            work.sequence.drafts = ()
             work.sequence.computed = work.end
             self._park_if_done(work.sequence)
 
@@ -200,6 +229,7 @@ class Scheduler:
         cached = sequence.computed // self._block_tokens
         good = cached + arrived
         sequence.computed = min(good * self._block_tokens, sequence.context)
+        sequence.drafted = sequence.computed
         here = min((cached + restored) * self._block_tokens, sequence.computed)
         if not sequence.preemptions:
             sequence.cached_tokens = here
@@ -230,6 +260,8 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, lacking: int, preempted: list[Sequence]) -> bool:
         while (free := self._pool.available()) < lacking:
+            if self._give_back_spare():
+                continue
             returning = [s for s in self._admitted if s.phase is Phase.RETURNING]
             victim = self._victim(sequence)
             if victim is None or free + sum(len(s.blocks) for s in returning) >= lacking:
@@ -237,6 +269,34 @@ class Scheduler:
             self._preempt(victim)
             preempted.append(victim)
         return self._allocate(sequence, lacking)
+
+    def _make_room_for_drafts(self) -> None:
+        if self._draft_tokens is None:
+            return
+        for sequence in self._admitted:
+            if sequence.phase is Phase.RUNNING and sequence.role is Role.DECODE:
+                # The token to be sampled has a place in the draft layer at once, the next drafts
+                # after it too.
+                ahead = len(sequence.drafts) + max(1, self._draft_tokens)
+                lacking = self._blocks_for(len(sequence.tokens) + ahead) - len(sequence.blocks)
+                lacking = min(lacking, self._pool.available())
+                if lacking > 0:
+                    self._allocate(sequence, lacking)
+
+    def _spare(self, sequence: Sequence) -> int:
+        """Blocks that it has for drafts alone."""
+        if sequence.phase is not Phase.RUNNING:
+            return 0
+        return max(0, len(sequence.blocks) - self._blocks_for(len(sequence.tokens)))
+
+    def _give_back_spare(self) -> bool:
+        """Gives all blocks back that are for drafts alone; whether there were any."""
+        found = [s for s in self._admitted if self._spare(s)]
+        for sequence in found:
+            needed = len(sequence.blocks) - self._spare(sequence)
+            self._pool.release(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
+        return bool(found)
 
     def _allocate(self, sequence: Sequence, lacking: int) -> bool:
         try:
@@ -274,7 +334,7 @@ class Scheduler:
             usable = len(sequence.tokens) - (0 if sequence.held_back else 1)
         cached = self._pool.match(sequence.chain.keys[: usable // self._block_tokens])
         lacking = self._blocks_for(len(sequence.tokens)) - len(cached)
-        reserve = sum(s.role is Role.DECODE for s in self._admitted)
+        reserve = sum(s.role is Role.DECODE and not self._spare(s) for s in self._admitted)
         sequence.blocks = list(cached)
         if not (self._pool.available() >= lacking + reserve and self._allocate(sequence, lacking)):
             self._pool.release(cached)
@@ -282,7 +342,7 @@ class Scheduler:
             return False
         del self._waiting[0]
         bisect.insort(self._admitted, sequence, key=_serial)
-        sequence.computed = len(cached) * self._block_tokens
+        sequence.computed = sequence.drafted = len(cached) * self._block_tokens
         if not sequence.preemptions:
             sequence.cached_tokens = sequence.computed
         sequence.fetch_until = self._fetch_until(sequence, usable)
@@ -344,9 +404,12 @@ class Scheduler:
         )
 
     def _work(self, sequence: Sequence, budget: int) -> Work:
-        count = min(sequence.remaining, budget)
+        refresh = self._draft_tokens is not None and 0 < sequence.computed >= sequence.drafted
+        count = min(sequence.remaining, max(1, budget - refresh))
         complete = count == sequence.remaining and not sequence.held_back
-        return Work(sequence, sequence.computed, count, sample=complete)
+        room = len(sequence.blocks) * self._block_tokens - len(sequence.tokens)
+        drafts = sequence.drafts[:room] if complete else ()
+        return Work(sequence, sequence.computed, count, complete, drafts, refresh)
 
     def _park_if_done(self, sequence: Sequence) -> None:
         if sequence.phase is Phase.RUNNING and sequence.held_back and not sequence.remaining:
@@ -357,7 +420,8 @@ class Scheduler:
         if sequence.blocks:
             self._pool.release(sequence.blocks)
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.computed = sequence.drafted = 0
+        sequence.drafts = ()
         if sequence in self._admitted:
             self._admitted.remove(sequence)
 

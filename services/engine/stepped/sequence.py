@@ -40,6 +40,8 @@ class Sequence:
     included: what a sink fetches. `cached_tokens` of these tokens had KV here on arrival,
     `fetched_tokens` got it from a source. `prefix` is a worker that may hold some of it, until one
     has been asked, for `fetch_timeout` seconds at most. A fetch fills `blocks` up to `fetch_until`.
+    With a draft layer, its KV stands for the first `drafted` tokens: as many as `computed`, or one
+    more. `drafts` are tokens that may follow; what KV stands for them will be written again.
     """
 
     serial: int
@@ -54,6 +56,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    drafted: int = 0
+    drafts: tuple[int, ...] = ()
     context_keys: tuple[bytes, ...] = ()
     cached_tokens: int = 0
     fetched_tokens: int = 0
