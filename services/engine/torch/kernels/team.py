@@ -69,12 +69,14 @@ class Call:
 
     `entry` takes the address of int64 arguments: first the counter of work
     taken, which every run starts from 0, then one for each of `names`. Addresses among them must
-    stay valid while the call is used: the owner keeps the arrays.
+    stay valid while the call is used: the owner keeps the arrays. `module` is where the kernel
+    stands, for whoever measures.
     """
 
-    __slots__ = ("_address", "_index", "_plain", "_values", "_where")
+    __slots__ = ("_address", "_index", "_plain", "_values", "_where", "module")
 
     def __init__(self, entry: Entry, names: Sequence[str], **values: int) -> None:
+        self.module = entry.function.__module__.rpartition(".")[2]
         self._index = {name: i for i, name in enumerate(names, start=1)}
         self._values = np.zeros(len(names) + 1, np.int64)
         self._where = self._values.ctypes.data
