@@ -15,9 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli import flags
+from cli import bench_engine, flags
 from cli import load_flags as f
-from cli.bench_engine import engine
 from cli.cluster import ClusterError, LocalCluster
 from cli.deaths import deaths
 from cli.loadtest import plain_refusals
@@ -72,7 +71,8 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw it as a PNG here
 Measure = Callable[[asyncio.Event], Awaitable[None]]
 
 
-app.command()(engine)
+app.command()(bench_engine.engine)
+app.command()(bench_engine.profile)
 
 
 @app.command()

@@ -103,3 +103,43 @@ def _subject(
         raise CommandError("--shape makes a model of its own: leave --model out")
     given |= {"shape": shape} if shape else {}
     return given | {"dtype": dtype, "threads": threads or environment.here().cores}
+
+
+def profile(
+    model: Model = None,
+    shape: Shape = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    batches: Batches = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 128,
+    steps: Annotated[int, typer.Option(min=8, help="Decode steps at each batch.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.8,
+    sets: Annotated[
+        list[str], typer.Option("--set", "-s", metavar="ENGINE.KEY=VALUE", help="Of the engine.")
+    ] = [],  # noqa: B006 - typer copies it
+    json_file: Json = None,
+) -> None:
+    """Show where an engine step's time goes: linear layers, attention, experts, sampling, Python.
+
+    Runs the whole engine in this process. What it calls is wrapped for the while: serving pays
+    nothing for it.
+    """
+    with plain_errors(), plain_refusals():
+        from loadtest import bench_profile
+
+        given = _subject(model, shape, dtype, threads)
+        given |= {"batches": tuple(batches)} if batches else {}
+        settings = {}
+        for flag in flags.given(sets):
+            section, _, name = flag.key.partition(".")
+            if section != "engine":
+                raise CommandError(f"--set {flag.key}: only settings of the engine can be given")
+            settings[name] = str(flag.value)
+        options = bench_profile.ProfileOptions(
+            **given, context=context, steps=steps, temperature=temperature, settings=settings
+        )
+        with Console(stderr=True).status("loading") as status:
+            report = bench_profile.run_now(options, status.update)
+        bench_profile.show(report, Console())
+        if json_file is not None:
+            bench_profile.write(report, json_file)
