@@ -33,6 +33,8 @@ ADVICE = {
     "the message says what was predicted.",
     "ENGINE_OVERLOADED": "Retry later, or give the workers more room: engine.kv_memory_mib, "
     "engine.max_running, engine.max_waiting.",
+    "GUIDE_FAILED": "Make the guide simpler; the message says where it could not be followed. A "
+    "grammar with rules that never end, or that reads one text in many ways, does this.",
     "DEADLINE": "Allow more time, or ask for fewer tokens.",
     "CANCELLED": "Nothing: the client wanted it.",
     "OUT_OF_BLOCKS": "Give the worker more KV memory: engine.kv_memory_mib or engine.kv_blocks.",

@@ -192,6 +192,13 @@ class EngineOverloadedError(RetryableError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class GuideFailedError(TandemError):
+    """An output can't be held to its form any further."""
+
+    reason = "GUIDE_FAILED"
+    code = "INVALID_ARGUMENT"
+
+
 class DeadlineError(TandemError):
     """The client's deadline passed, or can't be met."""
 
