@@ -21,6 +21,7 @@ from services.runtime.errors import (
     OverloadedError,
     SloUnattainableError,
     TandemError,
+    UnknownAdapterError,
     UnknownModelError,
 )
 from tandem.coordinator.v1 import coordinator_pb2 as pb
@@ -63,6 +64,13 @@ def _name(field: str, value: str) -> str:
             if unicodedata.category(character).startswith("C"):
                 raise InvalidRequestError(field, ascii(value), "no control characters")
     return value
+
+
+def _adapters_from(values: Sequence[str]) -> tuple[str, ...]:
+    """Each once, in order."""
+    if len(values) > MOST_NAMES:
+        raise InvalidRequestError("stats.adapters", f"{len(values)}", f"at most {MOST_NAMES}")
+    return tuple(dict.fromkeys(_name("stats.adapters", value) for value in values))
 
 
 def _names_from(field: str, values: Sequence[str]) -> frozenset[str]:
@@ -215,7 +223,7 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
             if t.transport and not t.peer
         ),
         ranks=tuple(map(_rank_from, stats.ranks)),
-        adapters=tuple(stats.adapters),
+        adapters=_adapters_from(stats.adapters),
         expert_tokens=tuple(stats.expert_tokens),
         expert_map=_map_from(stats.expert_map) if stats.HasField("expert_map") else None,
     )
@@ -365,6 +373,8 @@ def refusal_to(refusal: m.Refusal) -> TandemError:
         return SloUnattainableError(refusal.message, retry_seconds=seconds, **metadata)
     if refusal.reason is m.Reason.UNKNOWN_MODEL:
         return UnknownModelError(refusal.message, **metadata)
+    if refusal.reason is m.Reason.UNKNOWN_ADAPTER:
+        return UnknownAdapterError(refusal.message, **metadata)
     return DeadlineError(refusal.message, **metadata)
 
 
@@ -420,7 +430,22 @@ def _model_to(pool: Pool) -> pb.ServedModel:
         context_tokens=min(worker.info.context_tokens for worker in workers),
         prefill_workers=len(pool.prefill.present),
         decode_workers=len(pool.decode.present),
+        adapters=_adapters_to(pool),
     )
+
+
+def _adapters_to(pool: Pool) -> list[pb.ServedAdapter]:
+    """Those of decode workers: a prompt can be computed there, but generation nowhere else."""
+    found: dict[str, pb.ServedAdapter] = {}
+    for worker in pool.decode.present.values():
+        names = set()
+        for adapter_id in worker.load.stats.adapters:
+            served = found.setdefault(adapter_id, pb.ServedAdapter(id=adapter_id))
+            served.decode_workers += 1
+            name = adapter_id.partition("@")[0]
+            served.current_workers += name not in names
+            names.add(name)
+    return [found[adapter_id] for adapter_id in sorted(found)]
 
 
 def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:

@@ -89,14 +89,15 @@ class Registration:
     def drain(self) -> None:
         """Tells coordinators, now and at every new start, that no new requests are wanted."""
         self._draining = True
-        self._tell()
+        self.tell()
 
     def role_changed(self, role: str) -> None:
         """Tells coordinators, now and at every new start, what the worker serves."""
         self._role = role
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Reports at once, as something has changed that placements rest on."""
         for news in self._news:
             news.set()
 

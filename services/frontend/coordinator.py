@@ -25,6 +25,7 @@ from services.runtime.errors import (
     CoordinatorUnavailableError,
     DeadlineError,
     TandemError,
+    UnknownAdapterError,
     UnknownModelError,
     from_rpc,
 )
@@ -47,7 +48,7 @@ MODELS_SECONDS = 1.0
 MAX_REPORTS = 1024
 """Reports on their way; more are dropped, as nobody can be listening."""
 
-EMPTY_VIEW = frozenset({"NO_WORKERS", "UNKNOWN_MODEL"})
+EMPTY_VIEW = frozenset({"NO_WORKERS", "UNKNOWN_MODEL", "UNKNOWN_ADAPTER"})
 """What a coordinator says that has just started, until workers have registered again."""
 
 
@@ -103,6 +104,27 @@ class Coordinator:
             self._refreshing.add_done_callback(_retrieve)
         return known
 
+    async def adapter(self, served: ServedModel, asked: str) -> str:
+        """The id of a LoRA adapter that is asked for by name or id.
+
+        One that is not known is asked for anew: it may have been loaded a moment ago. Raises
+        UnknownAdapterError, CoordinatorUnavailableError.
+        """
+        found = served.adapter_for(asked)
+        if found:
+            return found
+        await self.list_models()
+        served = self._models.get(served.name, served)
+        found = served.adapter_for(asked)
+        if not found:
+            have = ", ".join(sorted({a.name for a in served.adapters})) or "none"
+            raise UnknownAdapterError(
+                f"adapter {asked!a} of {served.name} is not loaded; loaded: {have}",
+                adapter=asked,
+                model=served.name,
+            )
+        return found
+
     async def place(
         self,
         request_id: str,
@@ -130,6 +152,7 @@ class Coordinator:
             tenant=wishes.tenant,
             priority=wishes.priority,
             session=wishes.session,
+            adapter=wishes.adapter,
             region=wishes.region,
             allowed_regions=wishes.allowed_regions,
             ttft_seconds=wishes.ttft_seconds,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from services.runtime.errors import NoWorkersError, TandemError, by_reason
 
-FINAL = frozenset({"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "DEADLINE"})
+FINAL = frozenset(
+    {"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "UNKNOWN_ADAPTER", "DEADLINE"}
+)
 """Another worker would say the same."""
 
 FULL = frozenset({"ENGINE_OVERLOADED", "ROLE_CHANGED"})

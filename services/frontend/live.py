@@ -199,7 +199,12 @@ class LiveRequest:
             job, cluster = self._job, self._cluster
             name = f"{job.request_id}/{number}"
             tokens = wire.token_request(
-                name, job.prompt, self.core.output, self._sampling, job.wishes.tenant
+                name,
+                job.prompt,
+                self.core.output,
+                self._sampling,
+                job.wishes.tenant,
+                job.wishes.adapter,
             )
             calls = self._calls[number] = Calls(
                 number, tokens, job.deadline, cluster.workers, cluster.clock, self.feed

@@ -122,6 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     block_tokens=m.block_tokens,
                     prefill_workers=m.prefill_workers,
                     decode_workers=m.decode_workers,
+                    adapters=[a.id for a in m.adapters],
                 )
                 for m in served
                 if m.name == self._model.name
@@ -164,8 +165,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         given = validate.check_input(asked.input, limits.vocabulary)
         validate.check_stops(asked.stop)
         sampling = validate.check_sampling(asked.sampling, limits, self._chance.seed)
+        if asked.adapter:
+            validate.check_adapter(asked.adapter)
+            adapter = await self._cluster.coordinator.adapter(served, asked.adapter)
+            wishes = replace(wishes, adapter=adapter)
         loop = asyncio.get_running_loop()
-        salted = salt(served.name, served.kv_layout, wishes.tenant)
+        salted = salt(served.name, served.kv_layout, wishes.tenant, wishes.adapter)
         prompt, keys = await loop.run_in_executor(
             self._texts, self._tokenize, given, served, salted
         )

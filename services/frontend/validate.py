@@ -26,6 +26,7 @@ MAX_PRIORITY = 100
 LEAST_TTFT_SECONDS = 0.001
 """What is asked for when the time to the first token is over: 0 would ask for none."""
 
+_ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{1,64})?", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
 
 
@@ -85,11 +86,12 @@ class Asked:
     session: str = ""
     ttft_seconds: float = 0.0
     itl_seconds: float = 0.0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What of a request is for the coordinator alone; fields as in coordinator.proto."""
+    """What of a request decides where it goes; fields as in coordinator.proto."""
 
     tenant: str = ""
     priority: int = 0
@@ -98,6 +100,7 @@ class Wishes:
     allowed_regions: tuple[str, ...] = ()
     ttft_seconds: float = 0.0
     itl_seconds: float = 0.0
+    adapter: str = ""
 
     def left(self, tokens: int, waited: float) -> Wishes:
         """Those of a placement when so many tokens are out, `waited` seconds after arrival.
@@ -181,6 +184,14 @@ def check_service_level(ttft_seconds: float, itl_seconds: float) -> None:
         if not 0 <= value < math.inf:
             allowed = "a number of seconds, or 0 for no limit"
             raise InvalidRequestError(f"service_level.{name}", value, allowed)
+
+
+def check_adapter(adapter: str) -> None:
+    """A name, or name@digest. Raises InvalidRequestError."""
+    if not _ADAPTER.fullmatch(adapter):
+        raise InvalidRequestError(
+            "adapter", adapter, "a name, or name@digest, as ListModels has it"
+        )
 
 
 def check_tenant(metadata: str, values: Sequence[str]) -> str:

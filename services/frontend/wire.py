@@ -10,7 +10,7 @@ from services.engine.api import KvPrefix, Sampling, TokenLogprob
 from services.engine.wire import FINISH, kv_from, kv_to, prefix_from, prefix_to
 from services.frontend.events import DecodeOutput, Placement, PrefillDone, Worker
 from services.frontend.request import Request
-from services.frontend.served import ServedModel
+from services.frontend.served import ServedAdapter, ServedModel
 from services.frontend.usage import cached_tokens
 from services.frontend.validate import Asked, AskedSampling, Chat, Prompt, Tokens
 from services.runtime.errors import DeadlineError, TandemError, WorkerLostError, by_reason, from_rpc
@@ -66,6 +66,7 @@ def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
         message.session,
         level.ttft_seconds,
         level.itl_seconds,
+        adapter=message.adapter,
     )
 
 
@@ -139,6 +140,7 @@ def token_request(
     output: Sequence[int],
     sampling: generation_pb2.SamplingParams,
     tenant: str = "",
+    adapter: str = "",
 ) -> generation_pb2.TokenRequest:
     """An attempt as workers see it."""
     return generation_pb2.TokenRequest(
@@ -147,6 +149,7 @@ def token_request(
         output_token_ids=output,
         sampling=sampling,
         tenant=tenant,
+        adapter=adapter,
     )
 
 
@@ -263,6 +266,9 @@ def models_from(message: coordinator_pb2.GetModelsResponse) -> tuple[ServedModel
             context_tokens=m.context_tokens,
             prefill_workers=m.prefill_workers,
             decode_workers=m.decode_workers,
+            adapters=tuple(
+                ServedAdapter(a.id, a.decode_workers, a.current_workers) for a in m.adapters
+            ),
         )
         for m in message.models
     )

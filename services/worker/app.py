@@ -24,8 +24,10 @@ from services.runtime.channels import Channels
 from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import WorkerProcess
+from services.worker.adapters import AdapterServicer
 from services.worker.duty import Duty
 from services.worker.worker import Worker, WorkerServicer
+from tandem.adapters.v1 import adapters_pb2_grpc
 from tandem.decode.v1 import decode_pb2_grpc
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 from tandem.prefill.v1 import prefill_pb2_grpc
@@ -90,7 +92,8 @@ async def _serve_engine(
     duty = Duty(role, frozenset(own.can_be), own.role_min_seconds)
     servicers = {name: _SERVICES[name].make(engine, settings) for name in duty.services}
     worker = Worker(engine, servicers, duty)
-    address, server = await _listen(role, engine, servicers, settings)
+    adapters = AdapterServicer(engine)
+    address, server = await _listen(role, engine, servicers, adapters, settings)
     channels = Channels()
 
     def on_role(wanted: str, why: str) -> None:
@@ -101,6 +104,7 @@ async def _serve_engine(
     listing = directory(settings.directory, own.coordinator)
     listing.join(Member(Kind.WORKER, identity.worker_id, address))
     registration = Registration(engine, identity, own, channels, directory=listing, on_role=on_role)
+    adapters.on_change = registration.tell
     leaving = asyncio.Event()
     tasks = [
         asyncio.create_task(worker.deliver()),
@@ -124,11 +128,20 @@ async def _serve_engine(
 
 
 async def _listen(
-    role: str, engine: Engine, servicers: dict[str, WorkerServicer], settings: WorkerProcess
+    role: str,
+    engine: Engine,
+    servicers: dict[str, WorkerServicer],
+    adapters: AdapterServicer,
+    settings: WorkerProcess,
 ) -> tuple[str, Server]:
     server = Server(settings.server, role)
     for name, servicer in servicers.items():
         server.add(_SERVICES[name].add, servicer, _SERVICES[name].name)
+    server.add(
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server,
+        adapters,
+        "tandem.adapters.v1.AdapterService",
+    )
     kv = getattr(engine, "kv", None)
     if kv is not None:
         server.add(

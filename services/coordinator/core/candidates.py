@@ -51,9 +51,16 @@ def barred(worker: Worker, want: PlaceRequest) -> str:
         return "it failed this request"
     if want.allowed_regions and worker.info.region not in want.allowed_regions:
         return f"region {worker.info.region or '(none)'} is not allowed"
+    if not has_adapter(worker, want):
+        return f"adapter {want.adapter} is not loaded"
     if want.context_tokens >= worker.capacity:
         return f"it holds at most {worker.capacity} tokens"
     return ""
+
+
+def has_adapter(worker: Worker, want: PlaceRequest) -> bool:
+    """Whether the LoRA adapter that is wanted is loaded, or none is wanted."""
+    return not want.adapter or want.adapter in worker.load.stats.adapters
 
 
 def full(worker: Worker, want: PlaceRequest) -> str:
@@ -102,7 +109,8 @@ def find(
     workers = {n: w for n, w in workers.items() if serves(w)}
     usable = {n: w for n, w in workers.items() if not w.avoided}
     if not usable:
-        everyone = {w.worker_id: w for w in side.roomy if serves(w) and fits(w, want)}
+        those = side.with_adapter.get(want.adapter, {}).values() if want.adapter else side.roomy
+        everyone = {w.worker_id: w for w in those if serves(w) and fits(w, want)}
         usable = {n: w for n, w in everyone.items() if not w.avoided} or everyone
     for worker in workers.values():
         if worker.worker_id not in usable:
@@ -116,7 +124,6 @@ def find(
         held = min(tokens, cached.get(name, 0) * info.block_tokens)
         one = Candidate(worker, tokens, held, info.blocks_for(tokens + 1), beside)
         one.round_trip_seconds = view.regions.round_trip(want.region, info.region)
-        one.adapter_here = not want.adapter or want.adapter in worker.load.stats.adapters
         one.last_of_session = name == last
         one.cheapest = cheapest
         found.candidates.append(one)

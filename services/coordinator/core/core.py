@@ -37,6 +37,7 @@ WORKER_SILENT = "WORKER_SILENT"
 
 NOT_ITS_FAULT = WORKER_FULL | {
     *("DEADLINE", "INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "CANCELLED"),
+    *("UNKNOWN_ADAPTER", "ADAPTER_NOT_LOADED"),
     *("LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"),
 }
 """Failures that say nothing of a worker's health: it is full, it is the request, or it is the two
@@ -138,12 +139,18 @@ class Core:
             return
         load = worker.load
         room, blocks, fit = load.room, load.free_blocks, load.fit_blocks
+        adapters = load.stats.adapters
         load.report(event.stats, now)
+        changed = adapters != load.stats.adapters
+        if changed:
+            # Some may wait for one that is gone.
+            self.desk.recheck = True
         self._watch_experts(worker, event.stats, now)
         self._measure(worker, event.stats, now)
         back = worker.signal(Signal.HEARD)
         self.pools.put(worker)
-        if back or load.room > room or load.free_blocks > blocks or load.fit_blocks > fit:
+        grown = load.room > room or load.free_blocks > blocks or load.fit_blocks > fit
+        if back or changed or grown:
             self.desk.serve(worker.info.model, now, by=worker)
 
     def _measure(self, worker: Worker, stats: m.WorkerStats, now: float) -> None:

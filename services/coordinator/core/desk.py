@@ -216,7 +216,7 @@ class Desk:
 
     def _may_pass(self, refused: m.Refusal, now: float) -> bool:
         """Whether a refusal is for want of a worker that was here a moment ago."""
-        if refused.reason is not m.Reason.NO_WORKERS:
+        if refused.reason not in (m.Reason.NO_WORKERS, m.Reason.UNKNOWN_ADAPTER):
             return False
         model = refused.metadata.get("model", "")
         since = [at for name, at in self._bereft.items() if model in ("", name)]
@@ -369,7 +369,7 @@ class Desk:
                 refused = found if isinstance(found, m.Refusal) else refusal(*found)
                 if refused is not None and not self._may_pass(refused, now):
                     self.queue.remove(entry.ticket)
-                    if refused.reason is m.Reason.NO_WORKERS:
+                    if refused.reason in (m.Reason.NO_WORKERS, m.Reason.UNKNOWN_ADAPTER):
                         words = f"{refused.message}; waited {now - entry.since:.1f} s for one"
                         refused = replace(refused, message=words)
                     self._refuse(entry, refused, now)

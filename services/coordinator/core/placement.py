@@ -18,8 +18,16 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from services.coordinator.core import reasons
-from services.coordinator.core.candidates import SHORTLIST, Field, View, barred, find
+from services.coordinator.core.candidates import (
+    SHORTLIST,
+    Field,
+    View,
+    barred,
+    find,
+    has_adapter,
+)
 from services.coordinator.core.explain import CONSIDERED, Considered
+from services.coordinator.core.membership import Worker
 from services.coordinator.core.messages import Holder, PlaceRequest, Reason, Refusal, Role
 from services.coordinator.core.outlook import foresee_prompt, foresee_tokens, least
 from services.coordinator.core.paths import route
@@ -43,6 +51,9 @@ _NAMES = {
     Role.DECODE: tuple(scorer.__name__ for scorer, _ in DECODE),
     Role.PREFILL: tuple(scorer.__name__ for scorer, _ in PREFILL),
 }
+
+ADAPTERS_NAMED = 20
+"""Of those that there are, in the refusal of one that there is not."""
 
 LOCAL_GAIN_SECONDS = 0.05
 """A prompt that is longer than `local_prefill_tokens` is computed on the decode worker only if that
@@ -347,7 +358,10 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
     present = [w for pool in pools for w in pool.decode.present.values()]
     allowed = want.allowed_regions
     here = [w for w in present if not allowed or w.info.region in allowed]
-    left = [w for w in here if w.worker_id not in want.exclude_workers]
+    able = [w for w in here if has_adapter(w, want)]
+    if here and not able:
+        return _unknown_adapter(want, here)
+    left = [w for w in able if w.worker_id not in want.exclude_workers]
     if left:
         most = max(w.capacity for w in left) - 1
         return Refusal(
@@ -361,8 +375,22 @@ def refusal(want: PlaceRequest, pools: Sequence[Pool]) -> Refusal | None:
             },
         )
     words = f"no decode worker of {want.model} is up"
+    if want.adapter:
+        words += f" with adapter {want.adapter}"
     if allowed:
         words += f" in {', '.join(sorted(allowed))}, where the request may go"
-    if here:
-        words += f" but the {len(here)} that failed this request"
+    if able:
+        words += f" but the {len(able)} that failed this request"
     return Refusal(Reason.NO_WORKERS, words, metadata={"role": "decode", "model": want.model})
+
+
+def _unknown_adapter(want: PlaceRequest, workers: Sequence[Worker]) -> Refusal:
+    have = sorted({a for w in workers for a in w.load.stats.adapters})
+    some = ", ".join(have[:ADAPTERS_NAMED]) + (", ..." if len(have) > ADAPTERS_NAMED else "")
+    where = f" in {', '.join(sorted(want.allowed_regions))}" if want.allowed_regions else ""
+    return Refusal(
+        Reason.UNKNOWN_ADAPTER,
+        f"no decode worker of {want.model}{where} has adapter {want.adapter}; loaded: "
+        f"{some or 'none'}",
+        metadata={"adapter": want.adapter, "model": want.model},
+    )

@@ -38,7 +38,7 @@ def why_alone(decode: Candidate, pool: Pool, want: PlaceRequest, limit: int) -> 
     usable = (w for w in others if not barred(w, want))
     first = next(usable, None)
     if first is None:
-        return "no prefill worker is up"
+        return "no prefill worker is up" + (f" with {want.adapter}" if want.adapter else "")
     if any(may_send(w, decode.worker, want) for w in chain((first,), usable)):
         return ""
     return "no prefill worker may send KV to its region"

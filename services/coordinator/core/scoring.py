@@ -49,8 +49,6 @@ class Candidate:
     """Between tokens, with the request in the batch; 0: not measured."""
     round_trip_seconds: float = 0.0
     """To the frontend that asks."""
-    adapter_here: bool = True
-    """The adapter that is wanted is loaded, or none is wanted."""
     last_of_session: bool = False
     """It had the session's last request."""
     cheapest: float = 0.0
@@ -122,11 +120,6 @@ def closeness(candidate: Candidate) -> float:
     return 1 / (1 + candidate.round_trip_seconds / HALF_RTT_SECONDS)
 
 
-def adapter_resident(candidate: Candidate) -> float:
-    """1 if the LoRA adapter is loaded or none is wanted, else 0."""
-    return 1.0 if candidate.adapter_here else 0.0
-
-
 def affinity(candidate: Candidate) -> float:
     """1 for the worker that had the session's last request, else 0."""
     return 1.0 if candidate.last_of_session else 0.0
@@ -147,7 +140,6 @@ DECODE: Weights = (
     (swiftness, 0.25),
     (evenness, 0.25),
     (closeness, 0.5),
-    (adapter_resident, 0.5),
     (affinity, 0.2),
     (thrift, 0.2),
 )
@@ -155,7 +147,6 @@ PREFILL: Weights = (
     (promptness, 1.0),
     (handover, 0.25),
     (nearness, 0.02),
-    (adapter_resident, 0.25),
     (thrift, 0.05),
 )
 

@@ -73,9 +73,11 @@ class EngineAdapters:
             files = await asyncio.to_thread(
                 read_files, check_name(name), folder, self._limits, within
             )
-            adapter, weights = self._books.get(files.id), None
-            if adapter is None:
+            known = self._books.get(files.id)
+            if known is None:
                 adapter, weights = await asyncio.to_thread(self._read, files)
+            else:
+                adapter, weights = known, None
             self._books.load(adapter, self._clock())
             if weights is not None:
                 self._inbox.put(ChangeAdapter(adapter.id, weights))

@@ -46,15 +46,6 @@ class TestRegions:
 
 
 class TestPreferences:
-    def test_a_worker_with_the_adapter(self, cluster):
-        for number in range(20):
-            cluster.worker(f"decode-{number}")
-        cluster.worker("decode-lora")
-        cluster.beat("decode-lora", adapters=("legal",), running=2)
-        assert cluster.place(32, adapter="legal").decode.worker_id == "decode-lora"
-        cluster.beat("decode-lora", adapters=(), running=2)
-        assert cluster.place(32, adapter="legal").decode.worker_id != "decode-lora"
-
     def test_a_session_stays_where_it_was(self, cluster):
         for number in range(8):
             cluster.worker(f"decode-{number}", max_running=64)

@@ -125,4 +125,4 @@ class TestDecisions:
         (record,) = cluster.core.desk.explanations.of("r")
         flat = attributes(record, cluster.now)
         assert flat["tandem.place.outcome"] == "placed"
-        assert flat["tandem.place.considered"][0].startswith("decode decode-0: chosen 3.")
+        assert flat["tandem.place.considered"][0].startswith("decode decode-0: chosen 2.")

@@ -45,7 +45,6 @@ class TestScorers:
             (scoring.batch_room, candidate(stats={"running": 8, "waiting": 2}), candidate()),
             (scoring.block_room, candidate(stats={"free_blocks": 9}), None),
             (scoring.cached_prefix, candidate(), candidate(cached=128)),
-            (scoring.adapter_resident, candidate(adapter_here=False), candidate()),
             (scoring.affinity, candidate(), candidate(last_of_session=True)),
             (scoring.promptness, None, candidate(prompt_seconds=0.0)),
             (scoring.handover, None, candidate(transfer_seconds=0.0)),
