@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
+
 from kvtransfer.bandwidth import Bandwidth
 from kvtransfer.errors import KvError
 from kvtransfer.keys import KeyChain, salt
@@ -47,16 +49,17 @@ class Model:
 
     layout = LAYOUT
 
-    def forward(self, _batch, after_layers, _layers_per_piece):
+    def forward(self, batch, after_layers, _layers_per_piece):
         if after_layers is not None:
             after_layers(0, 1)
+        return np.zeros((len(batch.logit_rows), 1), np.float32)
 
 
 class SimStepper(Stepper):
     """Chooses tokens that can be checked."""
 
-    def _sample(self, _logits, sequences):
-        return [Choice(self._next(s), None) for s in sequences]
+    def _choose(self, sequence, _logits, _best):
+        return Choice(self._next(sequence), None)
 
     def fail(self, sequences, error):
         """What breaks a step here is a bug, and not to be survived."""

@@ -183,6 +183,7 @@ class SteppedEngine:
             clock=self._clock,
             dp_ranks=loaded.dp_ranks,
             adapters=loaded.adapters,
+            drafter=loaded.drafter,
         )
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
@@ -318,6 +319,9 @@ class SteppedEngine:
             kv_tiers=store.tiers,
             ranks=self._ranks(load),
             adapters=self._adapters.listed,
+            draft_tokens=load.draft_tokens,
+            accepted_tokens=load.accepted_tokens,
+            decode_steps=load.decode_steps,
             expert_tokens=() if self._experts is None else self._experts.tokens(),
             expert_map=None if self._experts is None else self._experts.map,
         )

@@ -97,6 +97,11 @@ class Sequence:
         """Tokens generated, by this attempt and earlier ones."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
+    def left(self, limits: Limits) -> int:
+        """Most tokens that may still be generated."""
+        sampling = self.request.sampling
+        return min(sampling.max_tokens - self.outputs, limits.context_tokens - len(self.tokens))
+
     def append(self, tokens: Seq[int]) -> None:
         """Adds known tokens; keys of blocks they complete follow."""
         self.tokens.extend(tokens)

@@ -22,8 +22,10 @@ from services.engine.api import (
     RankStats,
     TokenOutput,
 )
-from services.engine.stepped.batch import Adapters, Model, batch_of
+from services.engine.stepped.batch import Adapters, Drafter, Model, batch_of
 from services.engine.stepped.deadlines import Deadlines
+from services.engine.stepped.drafts import Drafting
+from services.engine.stepped.filling import Filling
 from services.engine.stepped.inbox import (
     Cancel,
     ChangeAdapter,
@@ -36,7 +38,14 @@ from services.engine.stepped.phases import Phase
 from services.engine.stepped.prefix import Verdict, judge
 from services.engine.stepped.ranks import rank_stats
 from services.engine.stepped.rates import Rates
-from services.engine.stepped.sampler import Choice, Occurrences, Row, penalized, sample
+from services.engine.stepped.sampler import (
+    Choice,
+    Occurrences,
+    Row,
+    choose,
+    penalized,
+    token_of,
+)
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.runtime.settings import EngineSettings
@@ -46,8 +55,7 @@ log = logging.getLogger(__name__)
 
 _DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
 
-_Block = tuple[Sequence, int, bytes]
-"""Whose, which, and what is in it."""
+_NO_NUMBER = EngineFault("ENGINE_FAILED", "the model gave no number to choose a token by")
 
 
 @dataclass(slots=True)
@@ -65,6 +73,16 @@ class _Live:
 
 
 @dataclass(frozen=True, slots=True)
+class _Gain:
+    """What a step brought for a sequence that it sampled for."""
+
+    sequence: Sequence
+    choices: tuple[Choice, ...]
+    reason: FinishReason | None = None
+    fault: EngineFault | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy the engine is; replaced as a whole, so other threads may read it."""
 
@@ -76,6 +94,9 @@ class Load:
     preempted: int = 0
     prefill_tokens_per_second: float = 0.0
     step_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_steps: int = 0
     ranks: tuple[RankStats, ...] = ()
     """None for a single one."""
 
@@ -109,6 +130,7 @@ class Stepper:
         clock: Callable[[], float],
         dp_ranks: int = 1,
         adapters: Adapters | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._adapters = adapters
         self._dp_ranks = dp_ranks
@@ -121,7 +143,13 @@ class Stepper:
             max_running=settings.max_running,
             judge=self._judge,
             in_tiers=store.in_tiers,
+            draft_tokens=None if drafter is None else settings.draft_tokens,
         )
+        self._drafting: Drafting | None = None
+        if drafter is not None:
+            size = store.layout.block_tokens
+            self._drafting = Drafting(drafter, settings.draft_tokens, size, clock, self._draft)
+        self._own_layers = store.layout.layers - (0 if drafter is None else drafter.layers)
         self._limits = limits
         self._recompute_max_tokens = recompute_max_tokens
         self._bandwidth = bandwidth
@@ -132,6 +160,7 @@ class Stepper:
         self._rates = Rates()
         self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
         self._serial = self._finished = self._preempted = 0
+        self._drafted = self._accepted = self._decode_steps = 0
         self.load = Load(ranks=self._ranks())
 
     @property
@@ -177,12 +206,12 @@ class Stepper:
             return
         began = self._clock()
         try:
-            choices = self._compute(plan)
+            gains = self._compute(plan)
         except Exception as error:
             log.exception("an engine step of %d sequences failed", len(plan.work))
             self.fail([w.sequence for w in plan.work], error)
         else:
-            self._advance(plan, choices)
+            self._advance(gains)
         # Tokens of preempted sequences count too: they are computed as prompts are.
         chunks = sum(w.count for w in plan.work if w.count > 1)
         self._rates.step(chunks, self._clock() - began)
@@ -198,6 +227,9 @@ class Stepper:
             preempted=self._preempted,
             prefill_tokens_per_second=self._rates.prefill_tokens_per_second,
             step_seconds=self._rates.step_seconds,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            decode_steps=self._decode_steps,
             ranks=self._ranks(),
         )
         return result
@@ -329,50 +361,75 @@ class Stepper:
 
     # A step
 
-    def _compute(self, plan: Plan) -> list[Choice | None]:
-        """Runs the model, makes finished blocks readable, samples a row for each Work.sample."""
-        store = self._store
-        full, tails = self._completed(plan.work)
-        for sequence, block, key in full + tails:
-            store.begin(block, key, sequence.request.tenant)
+    def _compute(self, plan: Plan) -> list[_Gain]:
+        """Runs the model, samples for each Work.sample, drafts, makes finished blocks readable."""
+        works, drafting = plan.work, self._drafting
+        filling = Filling(self._store, works, self._own_layers)
+        filling.begin()
+        batch = batch_of(works, 0 if drafting is None else drafting.plan(works))
+        after_layers = filling.layers_done if filling.any else None
+        began = self._clock()
+        logits = self._model.forward(batch, after_layers, self._store.layers_per_piece)
+        self._scheduler.advance(plan)
+        gains = self._gains(works, logits)
+        if drafting is not None:
+            drafting.computed(batch, self._clock() - began)
+            drafting.draft(works, batch, {g.sequence: self._draftable(g) for g in gains})
+        filling.finish()
+        return gains
 
-        def announce(first_layer: int, layers: int) -> None:
-            for _, block, _ in full + tails:
-                store.piece_done(block, first_layer, layers)
-
-        after_layers = announce if full or tails else None
-        logits = self._model.forward(batch_of(plan.work), after_layers, store.layers_per_piece)
-        for _, block, _ in full:
-            store.commit(block)
-        for work in plan.work:
-            if work.sequence.role is Role.PREFILL and work.end >= work.sequence.context:
-                store.lease_complete(work.sequence.request.request_id)
-        return self._sample(logits, [w.sequence for w in plan.work if w.sample])
-
-    def _completed(self, works: Seq[Work]) -> tuple[list[_Block], list[_Block]]:
-        """Blocks whose last token the step computes; prompts' incomplete last blocks."""
-        full: list[_Block] = []
-        tails: list[_Block] = []
+    def _gains(self, works: Seq[Work], logits: NDArray[np.float32]) -> list[_Gain]:
+        best, row, gains = logits.argmax(axis=1), 0, []
         for work in works:
-            sequence = work.sequence
-            first, last = work.start // self._block_tokens, work.end // self._block_tokens
-            full += [
-                (sequence, sequence.blocks[i], sequence.chain.keys[i]) for i in range(first, last)
-            ]
-            if (
-                sequence.role is Role.PREFILL
-                and work.end == sequence.context
-                and work.end % self._block_tokens
-            ):
-                tails.append((sequence, sequence.blocks[last], sequence.context_keys[last]))
-        return full, tails
+            if work.sample:
+                rows = slice(row, row + 1 + len(work.drafts))
+                gains.append(self._gain(work, logits[rows], best[rows]))
+                row = rows.stop
+        return gains
 
-    def _sample(
-        self, logits: NDArray[np.float32], sequences: list[Sequence]
-    ) -> list[Choice | None]:
-        return sample(logits, [self._row(s) for s in sequences])
+    def _gain(self, work: Work, logits: NDArray[np.float32], best: NDArray[np.intp]) -> _Gain:
+        """Chooses a token, and one more for each draft that was the token chosen.
 
-    def _row(self, sequence: Sequence) -> Row:
+        Each is chosen as it would be without drafts: after those before it were appended, for its
+        position, and not after one that ends the request.
+        """
+        sequence = work.sequence
+        choices: list[Choice] = []
+        reason, fault = None, None
+        for row, draft in enumerate((*work.drafts, None)):
+            choice = self._choose(sequence, logits[row], int(best[row]))
+            if choice is None:
+                reason, fault = FinishReason.ERROR, _NO_NUMBER
+                break
+            choices.append(choice)
+            sequence.append((choice.token,))
+            reason = sequence.finished(self._limits)
+            if reason is not None or choice.token != draft:
+                break
+            sequence.computed += 1
+        if sequence.role is Role.DECODE:
+            self._decode_steps += 1
+            self._drafted += len(work.drafts)
+            self._accepted += max(0, len(choices) - 1)
+        return _Gain(sequence, tuple(choices), reason, fault)
+
+    def _choose(self, sequence: Sequence, logits: NDArray[np.float32], best: int) -> Choice | None:
+        return choose(self._row(sequence), logits, best)
+
+    def _draftable(self, gain: _Gain) -> int | None:
+        """How many tokens it makes sense to draft; None: the sequence does not go on."""
+        sequence = gain.sequence
+        if gain.reason is not None or sequence.role is Role.PREFILL:
+            return None
+        return sequence.left(self._limits) - 1
+
+    def _draft(
+        self, sequence: Sequence, drafts: tuple[int, ...], logits: NDArray[np.float32]
+    ) -> int | None:
+        return token_of(self._row(sequence, drafts), logits, int(logits.argmax()))
+
+    def _row(self, sequence: Sequence, drafts: tuple[int, ...] = ()) -> Row:
+        """For the token after a sequence's own and drafts, which penalties don't know."""
         sampling = sequence.request.sampling
         live = self._live[sequence.serial]
         if penalized(sampling):
@@ -380,29 +437,27 @@ class Stepper:
                 live.occurrences = Occurrences(sequence.request.prompt_token_ids)
             live.occurrences.follow(sequence.tokens)
         forbidden: frozenset[int] = frozenset()
-        if sequence.outputs < sampling.min_tokens:
+        if sequence.outputs + len(drafts) < sampling.min_tokens:
             forbidden = frozenset(sampling.stop_token_ids)
             if not sampling.ignore_eos:
                 forbidden |= self._limits.eos_token_ids
-        return Row(sampling, len(sequence.tokens), live.occurrences, forbidden)
+        position = len(sequence.tokens) + len(drafts)
+        return Row(sampling, position, live.occurrences, forbidden)
 
-    def _advance(self, plan: Plan, choices: Seq[Choice | None]) -> None:
-        """Sequences move on by what was computed and chosen."""
-        self._scheduler.advance(plan)
-        sampled = [w.sequence for w in plan.work if w.sample]
-        for sequence, choice in zip(sampled, choices, strict=True):
-            if choice is None:
-                fault = EngineFault(
-                    "ENGINE_FAILED", "the model gave no number to choose a token by"
-                )
-                self._end(sequence, FinishReason.ERROR, fault=fault)
-                continue
-            sequence.append((choice.token,))
-            reason = sequence.finished(self._limits)
+    def _advance(self, gains: Seq[_Gain]) -> None:
+        """Sequences move on by what was chosen."""
+        for gain in gains:
+            sequence, reason = gain.sequence, gain.reason
             if reason is not None or sequence.role is Role.PREFILL:
-                self._end(sequence, reason, choice=choice, keep_lease=reason is None)
+                self._end(
+                    sequence,
+                    reason,
+                    choices=gain.choices,
+                    fault=gain.fault,
+                    keep_lease=reason is None,
+                )
             else:
-                self._tell(sequence, choice=choice)
+                self._tell(sequence, choices=gain.choices)
 
     # Ends and outputs
 
@@ -411,18 +466,18 @@ class Stepper:
         sequence: Sequence,
         reason: FinishReason | None = None,
         *,
-        choice: Choice | None = None,
+        choices: Seq[Choice] = (),
         fault: EngineFault | None = None,
         keep_lease: bool = False,
     ) -> None:
-        """Ends a sequence; with neither reason nor choice it was cancelled: nobody is told."""
+        """Ends a sequence; with neither reason nor choices it was cancelled: nobody is told."""
         if sequence.phase in (Phase.ENDED, Phase.LEAVING):
             return
         if sequence.role is Role.PREFILL and not keep_lease:
             self._store.release_lease(sequence.request.request_id)
-        if reason is not None or choice is not None:
+        if reason is not None or choices:
             self._finished += 1
-            self._tell(sequence, choice=choice, reason=reason, fault=fault)
+            self._tell(sequence, choices=choices, reason=reason, fault=fault)
         fetching = sequence.phase in (Phase.FETCHING, Phase.RETURNING)
         if sequence.source is not None:  # It was never asked, and keeps a lease.
             self._result.fetches.append(Fetch(sequence, sequence.source))
@@ -436,23 +491,22 @@ class Stepper:
         self,
         sequence: Sequence,
         *,
-        choice: Choice | None = None,
+        choices: Seq[Choice] = (),
         reason: FinishReason | None = None,
         fault: EngineFault | None = None,
     ) -> None:
-        logprob = choice.logprob if choice is not None else None
         live = self._live[sequence.serial]
         report = None
         if not live.reported and (sequence.phase is Phase.RUNNING or live.fetched is not None):
             live.reported, report = True, _report(live)
         output = TokenOutput(
             request_id=sequence.request.request_id,
-            token_ids=() if choice is None else (choice.token,),
-            logprobs=() if logprob is None else (logprob,),
+            token_ids=tuple(c.token for c in choices),
+            logprobs=tuple(c.logprob for c in choices if c.logprob is not None),
             finish_reason=reason,
             error=fault,
             kv=report,
-            prefill_done=sequence.role is Role.PREFILL and choice is not None,
+            prefill_done=sequence.role is Role.PREFILL and bool(choices),
         )
         self._result.outputs.append((sequence.serial, output))
 
