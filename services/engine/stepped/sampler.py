@@ -25,8 +25,8 @@ _CUTS = (1e-2, 1e-4, 1e-8)
 # The same for the most probable tokens of a given mass; all tokens pass the last.
 _BOUNDS = tuple(np.float32(b) for b in (0.1, 0.02, 4e-3, 1e-3, 2e-4, 2e-5, 2e-7, 0.0))
 _GROUP = 256
-# Weights that are sorted as they are, and how many of more are looked at to split them.
-_FEW, _SAMPLE = 1024, 64
+# Weights that are sorted as they are; trailing bits of a float32 that its bucket leaves out.
+_FEW, _BUCKET_BITS = 1024, 16
 
 
 class Occurrences:
@@ -220,23 +220,20 @@ def _nucleus(weights: Floats, ids: Ids | None, top_p: float) -> Ids:
 
 
 def _narrowed(band: Floats, mass: float, target: float) -> tuple[Floats, float]:
-    """The part of a band in which the target is reached, and the mass of all that is greater.
+    """The part of a band in which the target is reached, and the mass with all that is greater.
 
-    Of numbers that are alike there may be tens of thousands, which would take long to sort. Equal
-    ones stay together.
+    Where many tokens are about as probable there are tens of thousands, which take long to sort. A
+    histogram over the leading bits, which order positive floats as they are, tells which to sort.
     """
-    while len(band) > _FEW:
-        middle = np.median(band[:: len(band) // _SAMPLE])
-        above = band >= middle
-        upper = band[above]
-        reached = mass + float(upper.sum(dtype=np.float64))
-        if len(upper) == len(band):
-            break
-        if reached >= target:
-            band = upper
-        else:
-            band, mass = band[~above], reached
-    return band, mass
+    if len(band) <= _FEW:
+        return band, mass
+    keys = band.view(np.uint32) >> _BUCKET_BITS
+    least = int(keys.min())
+    masses = np.bincount(keys - least, weights=band)[::-1]
+    reached = mass + np.cumsum(masses)
+    index = min(int(np.searchsorted(reached, target, side="left")), len(masses) - 1)
+    chosen = least + len(masses) - 1 - index
+    return band[keys == chosen], float(reached[index - 1]) if index else mass
 
 
 def _logprob(raw: Floats, token: int, rivals: int) -> TokenLogprob:
