@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvtransfer.policy import ExportPolicy
 from services.engine.scripted.adapters import ScriptedAdapters
+from services.engine.scripted.drafter import ScriptedDrafter
 from services.engine.scripted.experts import ScriptedExperts, shape_of
 from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
 from services.engine.stepped.batch import LoadedModel
@@ -31,13 +32,16 @@ class ScriptedEngine(SteppedEngine):
         def load() -> LoadedModel:
             experts = None if shape is None else ScriptedExperts(shape)
             adapters = ScriptedAdapters()
+            drafts = engine.draft_tokens > 0 and engine.scripted_draft_chance > 0
             scripted = ScriptedModel(
                 model.name,
                 block_tokens=engine.block_tokens,
                 step_seconds=engine.scripted_step_seconds,
                 experts=experts,
                 adapters=adapters,
+                draft_layers=ScriptedDrafter.layers if drafts else 0,
             )
+            drafter = ScriptedDrafter(scripted, engine.scripted_draft_chance) if drafts else None
             return LoadedModel(
                 scripted,
                 model.name,
@@ -47,6 +51,7 @@ class ScriptedEngine(SteppedEngine):
                 dp_ranks=engine.scripted_dp_ranks,
                 experts=experts,
                 adapters=adapters,
+                drafter=drafter,
             )
 
         super().__init__(load, engine, kv, host=host, policy=policy)
