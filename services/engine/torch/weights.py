@@ -1,141 +1,157 @@
-"""A model's weights, from a Hugging Face folder: model.safetensors, or several with an index."""
+"""A model's weights, joined and laid out as the kernels read them: loading.py reads them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch.config import ModelConfig
+from services.engine.torch.kernels.latent_steps import LatentShape, LatentWeights
 from services.engine.torch.kernels.linear import Linear
+from services.engine.torch.kernels.moe_steps import ExpertWeights, RouterWeights
+from services.engine.torch.linears import Projection
+from services.engine.torch.shapes import MlaShape
 
-# Rows that the head computes at once, at most: probing it with many would take long.
-HEAD_ROWS = 64
+# Of the norms of ranks: DeepSeek's model has it so, whatever config.json says of the others.
+RANK_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeights:
+    """Grouped-query attention; norms of queries and keys float32 [head_dim]."""
+
+    qkv: Projection
+    output: Projection
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All."""
+        return self.qkv, self.output
+
+
+@dataclass(frozen=True, slots=True)
+class MlaWeights:
+    """Latent attention: `down` gives the query (of rank q_rank, or whole), latent and rotary key.
+
+    q_norm float32 [q_rank] and q_up lead from a query's rank to the query.
+    """
+
+    down: Projection
+    q_norm: torch.Tensor | None
+    q_up: Projection | None
+    latent: LatentWeights
+    output: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All."""
+        up = () if self.q_up is None else (self.q_up,)
+        return self.down, *up, self.output
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """Gate and up are one linear layer."""
+
+    gate_up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Both."""
+        return self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """What every rank has of a layer with experts, the `index`th of those."""
+
+    index: int
+    router: RouterWeights
+    shared: DenseWeights | None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The shared expert's."""
+        return () if self.shared is None else self.shared.projections
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: norms float32 [hidden]; q, k and v are one linear layer, gate and up another."""
+    """One layer: norms float32 [hidden]."""
 
     attention_norm: torch.Tensor
-    qkv: Linear
-    output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    attention: GroupedWeights | MlaWeights
+    feed_forward_norm: torch.Tensor
+    feed_forward: DenseWeights | MoeWeights
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        """All four."""
-        return self.qkv, self.output, self.gate_up, self.down
+    def projections(self) -> tuple[Projection, ...]:
+        """All."""
+        return *self.attention.projections, *self.feed_forward.projections
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWeights:
+    """The module of multi-token prediction (DeepSeek-V3, section 2.2). Norms float32 [hidden]."""
+
+    token_norm: torch.Tensor
+    hidden_norm: torch.Tensor
+    joined: Projection
+    """Of the token's embedding and the hidden state, side by side."""
+    layer: Layer
+    norm: torch.Tensor
+    embedding: torch.Tensor
+    head: Projection
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """Embedding [vocabulary, hidden], layers, last norm float32 [hidden], head."""
+    """Embedding [vocabulary, hidden], layers, last norm float32 [hidden], head.
+
+    experts: by layer that has any, that of `draft` last; empty where others apply them.
+    """
 
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
-    head: Linear
+    head: Projection
+    draft: DraftWeights | None
+    experts: list[ExpertWeights]
+
+    @property
+    def projections(self) -> Iterator[Projection]:
+        """All."""
+        for layer in self.layers:
+            yield from layer.projections
+        yield self.head
+        if self.draft is not None:
+            yield from (self.draft.joined, *self.draft.layer.projections, self.draft.head)
 
     @property
     def shapes(self) -> Iterator[Linear]:
-        """A linear layer of every shape there is."""
-        yield from {(x.inputs, x.outputs): x for x in (*self.layers[0].linears, self.head)}.values()
+        """A linear layer of every shape there is, the one that takes the most rows at once."""
+        found: dict[tuple[int, int], Linear] = {}
+        for linear in (p.linear for p in self.projections):
+            other = found.setdefault((linear.inputs, linear.outputs), linear)
+            if linear.most_rows > other.most_rows:
+                found[linear.inputs, linear.outputs] = linear
+        yield from found.values()
 
 
-class TensorFiles:
-    """Tensors by name, each read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._where = self._index()
-
-    def _index(self) -> dict[str, str]:
-        """File name by tensor name."""
-        index = self._folder / "model.safetensors.index.json"
-        if index.exists():
-            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return found
-        single = "model.safetensors"
-        if not (self._folder / single).exists():
-            raise UnsupportedModelError(
-                f"{self._folder}: has neither {single} nor {index.name}", folder=self._folder
-            )
-        return dict.fromkeys(self._open(single).keys(), single)
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = safe_open(str(self._folder / name), framework="pt")
-            except Exception as error:  # safetensors has its own, OSError apart
-                raise UnsupportedModelError(f"{self._folder / name}: {error}") from error
-        return self._files[name]
-
-    def get(self, name: str, *shape: int) -> torch.Tensor:
-        """A tensor of exactly this shape. Raises UnsupportedModelError."""
-        if name not in self._where:
-            raise UnsupportedModelError(f"{self._folder}: no tensor {name}", tensor=name)
-        found: torch.Tensor = self._open(self._where[name]).get_tensor(name)
-        if tuple(found.shape) != shape:
-            raise UnsupportedModelError(
-                f"{name}: shape {tuple(found.shape)}, expected {shape} by config.json", tensor=name
-            )
-        return found
-
-
-def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, *, packed: bool
-) -> ModelWeights:
-    """Reads, converts, joins and lays out everything. Raises UnsupportedModelError."""
-    files = TensorFiles(folder)
-    embedding = files.get("model.embed_tokens.weight", config.vocabulary, config.hidden)
-    head = embedding
-    if not config.tied_embeddings:
-        head = files.get("lm_head.weight", config.vocabulary, config.hidden)
-    return ModelWeights(
-        # Copies, so that nothing refers to the mapped files when all is read.
-        embedding=embedding.to(dtype, copy=True),
-        layers=tuple(_layer(files, config, i, dtype, packed) for i in range(config.layers)),
-        norm=files.get("model.norm.weight", config.hidden).to(torch.float32, copy=True),
-        head=Linear(head.to(dtype, copy=True), None, packed=packed, most_rows=HEAD_ROWS),
-    )
-
-
-def _layer(
-    files: TensorFiles, config: ModelConfig, index: int, dtype: torch.dtype, packed: bool
-) -> Layer:
-    prefix = f"model.layers.{index}."
-
-    def norm(name: str) -> torch.Tensor:
-        return files.get(f"{prefix}{name}.weight", config.hidden).to(torch.float32, copy=True)
-
-    def linear(block: str, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
-        names = {f"{prefix}{block}.{part}_proj": outputs for part, outputs in parts.items()}
-        weight = [files.get(f"{name}.weight", outputs, inputs) for name, outputs in names.items()]
-        offset = None
-        if bias:
-            found = [files.get(f"{name}.bias", outputs) for name, outputs in names.items()]
-            offset = torch.cat(found).to(dtype)
-        return Linear(torch.cat(weight).to(dtype), offset, packed=packed)
-
-    q = config.heads * config.head_dim
-    kv = config.kv_heads * config.head_dim
-    hidden, wide = config.hidden, config.intermediate
-    with_bias, mlp_bias = config.attention_bias, config.mlp_bias
-    return Layer(
-        attention_norm=norm("input_layernorm"),
-        qkv=linear("self_attn", {"q": q, "k": kv, "v": kv}, hidden, with_bias),
-        output=linear("self_attn", {"o": hidden}, q, with_bias),
-        mlp_norm=norm("post_attention_layernorm"),
-        gate_up=linear("mlp", {"gate": wide, "up": wide}, hidden, mlp_bias),
-        down=linear("mlp", {"down": hidden}, wide, mlp_bias),
+def latent_shape(config: ModelConfig, shape: MlaShape) -> LatentShape:
+    """What the kernels of latent attention need to know."""
+    scale = float(shape.nope + shape.rope) ** -0.5
+    return LatentShape(
+        heads=shape.heads,
+        latent=shape.latent,
+        rope=shape.rope,
+        nope=shape.nope,
+        value=shape.value,
+        softmax_scale=scale * config.rope.all_dimensions**2,
+        epsilon=RANK_EPSILON,
+        interleaved=shape.interleaved,
     )

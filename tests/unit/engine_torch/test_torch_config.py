@@ -5,12 +5,9 @@ import json
 import pytest
 
 from services.engine.models.errors import UnsupportedModelError
-from services.engine.torch.config import (
-    ModelConfig,
-    Rope,
-    scaled_frequencies,
-)
+from services.engine.torch.config import ModelConfig
 from services.engine.torch.model import LlamaModel
+from services.engine.torch.rope import Rope, scaled_frequencies
 from tests.unit.engine_torch import torch_models
 
 
@@ -38,7 +35,7 @@ def test_fills_in_what_older_files_leave_out():
     found = dict(torch_models.TINY)
     del found["head_dim"], found["num_key_value_heads"], found["tie_word_embeddings"]
     made = ModelConfig.from_dict(found)
-    assert (made.head_dim, made.kv_heads, made.group) == (32, 3, 1)
+    assert (made.attention.head_dim, made.attention.kv_heads, made.group) == (32, 3, 1)
     assert not made.tied_embeddings
 
 
@@ -47,7 +44,8 @@ def test_fills_in_what_older_files_leave_out():
     [
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -20,7 +20,9 @@ class Batch:
     token_ids, positions int32 [T]; query_starts int32 [S + 1]: sequence s owns rows
     query_starts[s]:query_starts[s + 1], one at least, their positions rising by one;
     block_tables int32 [S, B]: blocks of the context (positions 0 to that of the last row), rows
-    filled up with -1; logit_rows int32 [R]: rows whose logits are wanted.
+    filled up with -1; logit_rows int32 [R]: rows whose logits are wanted; fresh int32 [S]: first
+    position of each sequence whose KV is written, None: all are; hidden: all rows' hidden states
+    are kept for draft(); adapters: of each sequence, empty for none, (): none at all.
     """
 
     token_ids: Int32
@@ -28,6 +30,40 @@ class Batch:
     query_starts: Int32
     block_tables: Int32
     logit_rows: Int32
+    fresh: Int32 | None = None
+    hidden: bool = False
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """Rows for multi-token prediction: as Batch, and where each one's hidden state is.
+
+    hidden_rows int32 [T]: row of the last forward(), or with `deeper` of the last draft(); -1:
+    none.
+    """
+
+    token_ids: Int32
+    positions: Int32
+    query_starts: Int32
+    block_tables: Int32
+    logit_rows: Int32
+    hidden_rows: Int32
+    deeper: bool = False
+    fresh: Int32 | None = None
+    adapters: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, batch: Batch, hidden_rows: Int32) -> DraftRows:
+        """For a batch's rows."""
+        return cls(
+            batch.token_ids,
+            batch.positions,
+            batch.query_starts,
+            batch.block_tables,
+            batch.logit_rows,
+            hidden_rows,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +80,22 @@ class Limits:
 class Plan:
     """A checked batch: contiguous arrays, and where each row's KV goes.
 
-    blocks, tokens int64 [T]: block of the pool and token in it, by row; tasks int32 [n, 3]:
+    sequences [T]: whose row it is; blocks, tokens int64 [T]: block of the pool and token in it, by
+    row, block -1 where nothing is to be written; tasks int32 [n, 3]:
     sequence, first row, end row, the longest contexts first so that threads end together.
     """
 
     token_ids: Int64
     positions: Int32
     tables: Int32
+    sequences: Int64
     blocks: Int64
     tokens: Int64
     tasks: Int32
     logit_rows: Int64
 
 
-def plan(batch: Batch, limits: Limits, group: int) -> Plan:
+def plan(batch: Batch | DraftRows, limits: Limits, group: int) -> Plan:
     """Checks what the kernels rely on, since they check nothing. Raises ValueError."""
     positions = np.ascontiguousarray(batch.positions, np.int32)
     tables = np.ascontiguousarray(batch.block_tables, np.int32)
@@ -79,11 +117,16 @@ def plan(batch: Batch, limits: Limits, group: int) -> Plan:
     needed = positions[starts[1:] - 1] // limits.block_tokens + 1
     _require(int(needed.max()) <= tables.shape[1], "block_tables: blocks for the whole context")
     _within("block_tables", tables[np.arange(tables.shape[1]) < needed[:, None]], limits.blocks)
+    blocks = tables[sequences, positions // limits.block_tokens].astype(np.int64)
+    if batch.fresh is not None:
+        _require(len(batch.fresh) == len(counts), "fresh: one a sequence")
+        blocks[positions < np.asarray(batch.fresh, np.int32)[sequences]] = -1
     return Plan(
         token_ids=np.asarray(batch.token_ids, np.int64),
         positions=positions,
         tables=tables,
-        blocks=tables[sequences, positions // limits.block_tokens].astype(np.int64),
+        sequences=sequences,
+        blocks=blocks,
         tokens=(positions % limits.block_tokens).astype(np.int64),
         tasks=_tasks(starts, positions, max(1, QUERY_ROWS // group)),
         logit_rows=np.asarray(batch.logit_rows, np.int64),

@@ -11,10 +11,12 @@ from typing import Any
 from numba import njit
 
 from services.engine.torch.kernels.simd import (
+    absolute,
     add,
     add_i32,
     and_i32,
     bits,
+    divide,
     fma,
     from_bits,
     half_to_f32,
@@ -134,6 +136,16 @@ def power_of_two(x: Any) -> Any:
     value = fma(value, part, splat_f32(1.0))
     exponent = left(add_i32(to_i32(whole), splat_i32(127)), 23)
     return multiply(value, from_bits(exponent))
+
+
+@njit(cache=True, error_model="numpy")
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e**-x)."""
+    # e**-|x| never overflows.
+    small = power_of_two(multiply(absolute(x), splat_f32(-1.44269504)))
+    one = splat_f32(1.0)
+    top = if_less(x, splat_f32(0.0), small, one)
+    return divide(top, add(one, small))
 
 
 @njit(cache=True, error_model="numpy")

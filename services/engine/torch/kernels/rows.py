@@ -13,7 +13,7 @@ from services.engine.torch.kernels.formats import (
     FP8_LARGEST,
     SIZES,
     load_values,
-    power_of_two,
+    sigmoid,
     store_values,
     to_bfloat16,
     to_fp8,
@@ -46,6 +46,8 @@ from services.engine.torch.kernels.team import entry
 
 # Rows a thread takes at a time: enough to hide the atomic addition.
 TAKE = 4
+# The bits of 1 as a float32.
+ONE = 0x3F800000
 
 NORMALIZE = ("rows", "width", "kind", "epsilon", "state", "delta", "weight", "out")
 _normalize_arguments = unpack(len(NORMALIZE) + 1)
@@ -94,6 +96,39 @@ def _normalize_row(
         store_values(out, i, kind, multiply(value, load_f32(weight + 4 * i)))
 
 
+PART = ("rows", "width", "kind", "epsilon", "x", "stride", "weight", "out")
+_part_arguments = unpack(len(PART) + 1)
+
+
+@entry
+def normalize_part(arguments: int) -> None:
+    """Out [rows, width] = x / rms(x) * weight, where rows of x are `stride` values apart.
+
+    x, out of `kind`; weight float32 [width]; epsilon the bits of a float32.
+    """
+    _, rows, width, kind, epsilon, x, stride, weight, out = _part_arguments(arguments)
+    while True:
+        first = fetch_add(arguments, TAKE)
+        if first >= rows:
+            return
+        for row in range(first, min(first + TAKE, rows)):
+            scale = splat_f32(_inverse_rms(x, row * stride, width, kind, float_bits(epsilon)))
+            for i in range(0, width, LANES):
+                value = multiply(load_values(x, row * stride + i, kind), scale)
+                store_values(out, row * width + i, kind, multiply(value, load_f32(weight + 4 * i)))
+
+
+@njit(cache=True, error_model="numpy")
+def _inverse_rms(x: int, start: int, width: int, kind: int, epsilon: float) -> Any:
+    """1 / rms of `width` values from value `start` on."""
+    squares = splat_f32(0.0)
+    for i in range(start, start + width, LANES):
+        value = load_values(x, i, kind)
+        squares = fma(value, value, squares)
+    mean = float(sum_lanes(squares)) / width
+    return 1.0 / math.sqrt(mean + float(epsilon))
+
+
 GATE = ("rows", "width", "kind", "both", "out")
 _gate_arguments = unpack(len(GATE) + 1)
 
@@ -113,16 +148,7 @@ def gate(arguments: int) -> None:
             for i in range(0, width, LANES):
                 x = load_values(both, 2 * row * width + i, kind)
                 up = load_values(both, (2 * row + 1) * width + i, kind)
-                store_values(out, row * width + i, kind, multiply(_silu(x), up))
-
-
-@njit(cache=True, error_model="numpy")
-def _silu(x: Any) -> Any:
-    # sigmoid(x) = 1 / (1 + e**-x), and e**-|x| never overflows.
-    small = power_of_two(multiply(absolute(x), splat_f32(-1.44269504)))
-    one = splat_f32(1.0)
-    top = if_less(x, splat_f32(0.0), small, one)
-    return multiply(x, divide(top, add(one, small)))
+                store_values(out, row * width + i, kind, multiply(multiply(x, sigmoid(x)), up))
 
 
 ROTATE = (
@@ -138,6 +164,9 @@ ROTATE = (
     "sines",
     "positions",
     "q_scale",
+    "q_norm",
+    "k_norm",
+    "epsilon",
     "pool",
     "kv_kind",
     "row_bytes",
@@ -156,14 +185,16 @@ def rotate(arguments: int) -> None:
 
     qkv [rows, q_heads + 2 * kv_heads, head_dim] of `kind`; out, float32: q [rows, q_heads,
     head_dim], times q_scale (bits of a float32), and turned_k [rows, kv_heads, head_dim]; cosines,
-    sines float32 [positions, head_dim / 2]; positions int32 [rows]. pool: address of this layer in
-    the first block; row_bytes int64 [rows]: bytes from there to the row's block; row_tokens int64
-    [rows]: its token in the block; k, v, k_scale, v_scale: bytes from the layer's start to the
-    components.
+    sines float32 [positions, head_dim / 2]; positions int32 [rows]. q_norm, k_norm float32
+    [head_dim]: weights of an RMSNorm over each head, with epsilon (bits of a float32), that comes
+    before; 0: none. pool: address of this layer in the first block; row_bytes int64 [rows]: bytes
+    from there to the row's block, negative where nothing is written; row_tokens int64 [rows]: its
+    token in the block; k, v, k_scale, v_scale: bytes from the layer's start to the components.
     """
     (
         _, rows, q_heads, kv_heads, head_dim, kind, qkv, q, turned_k, cosines, sines, positions,
-        q_scale, pool, kv_kind, row_bytes, row_tokens, k, v, k_scale, v_scale,
+        q_scale, q_norm, k_norm, epsilon, pool, kv_kind, row_bytes, row_tokens, k, v, k_scale,
+        v_scale,
     ) = _rotate_arguments(arguments)  # fmt: skip
     half = head_dim // 2
     size = SIZES[kind] * head_dim
@@ -176,11 +207,15 @@ def rotate(arguments: int) -> None:
             source = qkv + row * (q_heads + 2 * kv_heads) * size
             target = q + 4 * row * q_heads * head_dim
             turn = cosines + angle, sines + angle
-            _turn_heads(source, target, q_heads, turn, half, kind, float_bits(q_scale))
+            norm = q_norm, float_bits(epsilon)
+            _turn_heads(source, target, q_heads, turn, half, kind, float_bits(q_scale), norm)
             source += q_heads * size
             target = turned_k + 4 * row * kv_heads * head_dim
-            _turn_heads(source, target, kv_heads, turn, half, kind, 1.0)
+            norm = k_norm, float_bits(epsilon)
+            _turn_heads(source, target, kv_heads, turn, half, kind, float_bits(ONE), norm)
             source += kv_heads * size
+            if peek_i64(row_bytes + 8 * row) < 0:
+                continue
             layer = pool + peek_i64(row_bytes + 8 * row)
             vector = peek_i64(row_tokens + 8 * row) * kv_heads
             for head in range(kv_heads):
@@ -201,17 +236,25 @@ def _turn_heads(
     half: int,
     kind: int,
     scale: float,
+    norm: Any,
 ) -> None:
     """x, y -> x cos - y sin, y cos + x sin, where x and y are the halves of each head."""
     cosines, sines = turn
+    weights, epsilon = norm
     for head in range(heads):
         x_at = 2 * half * head
         y_at = x_at + half
+        shrink = splat_f32(1.0)
+        if weights != 0:
+            shrink = splat_f32(_inverse_rms(source, x_at, 2 * half, kind, epsilon))
         for start in range(0, half, LANES):
             # The last vector overlaps the one before it where half is no multiple of sixteen.
             i = min(start, half - LANES)
             x = load_values(source, x_at + i, kind)
             y = load_values(source, y_at + i, kind)
+            if weights != 0:
+                x = multiply(multiply(x, shrink), load_f32(weights + 4 * i))
+                y = multiply(multiply(y, shrink), load_f32(weights + 4 * (half + i)))
             cosine = load_f32(cosines + 4 * i)
             sine = load_f32(sines + 4 * i)
             less = subtract(splat_f32(0.0), sine)

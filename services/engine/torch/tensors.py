@@ -1,0 +1,86 @@
+"""Tensors of a Hugging Face folder: model.safetensors, or several files with an index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from services.engine.models.errors import UnsupportedModelError
+
+SCALES = "_scale_inv"
+
+
+class TensorFiles:
+    """Tensors by name, each read when it is asked for.
+
+    block: rows and columns of an FP8 weight that share a scale.
+    """
+
+    def __init__(self, folder: Path, block: tuple[int, int] = (128, 128)) -> None:
+        self._folder = folder
+        self._block = block
+        self._files: dict[str, Any] = {}
+        self._where = self._index()
+
+    def _index(self) -> dict[str, str]:
+        """File name by tensor name."""
+        index = self._folder / "model.safetensors.index.json"
+        if index.exists():
+            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return found
+        single = "model.safetensors"
+        if not (self._folder / single).exists():
+            raise UnsupportedModelError(
+                f"{self._folder}: has neither {single} nor {index.name}", folder=self._folder
+            )
+        return dict.fromkeys(self._open(single).keys(), single)
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(str(self._folder / name), framework="pt")
+            except Exception as error:  # safetensors has its own, OSError apart
+                raise UnsupportedModelError(f"{self._folder / name}: {error}") from error
+        return self._files[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def get(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor of exactly this shape. Raises UnsupportedModelError."""
+        if name not in self._where:
+            raise UnsupportedModelError(f"{self._folder}: no tensor {name}", tensor=name)
+        found: torch.Tensor = self._open(self._where[name]).get_tensor(name)
+        if tuple(found.shape) != shape:
+            raise UnsupportedModelError(
+                f"{name}: shape {tuple(found.shape)}, expected {shape} by config.json", tensor=name
+            )
+        return found
+
+    def matrix(self, name: str, outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+        """A weight [outputs, inputs]; one of FP8 times its blocks' scales. Raises as get() does."""
+        found = self.get(name, outputs, inputs)
+        if found.dtype != torch.float8_e4m3fn:
+            if not found.dtype.is_floating_point or found.element_size() < 2:
+                raise UnsupportedModelError(f"{name}: {found.dtype} is not read", tensor=name)
+            return found.to(dtype)
+        rows, columns = self._block
+        shape = -(-outputs // rows), -(-inputs // columns)
+        return _times_blocks(found, self.get(name + SCALES, *shape), self._block).to(dtype)
+
+
+def _times_blocks(
+    codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """Float32 [rows, columns]; scales [blocks down, blocks across], the last ones may be cut."""
+    found = codes.float()
+    rows, columns = block
+    for i, start in enumerate(range(0, len(found), rows)):
+        found[start : start + rows] *= (
+            scales[i].float().repeat_interleave(columns)[: found.shape[1]]
+        )
+    return found
