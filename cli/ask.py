@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from cli.advice import explain
 from cli.output import printable
@@ -122,7 +122,7 @@ def _reply(
         said.append(piece.text)
         to_terminal(piece.text)
 
-    ask = Ask(turns, model=template.model, sampling=template.sampling, stop=template.stop)
+    ask = replace(template, chat=turns)
     try:
         end = runner.run(answer(client, ask, see))
         print()

@@ -68,6 +68,7 @@ def ask(
     prompt: str,
     model_name: str | None,
     stop: Sequence[str],
+    adapter: str | None = None,
     **sampling: float | int | None,
 ) -> Ask:
     """A request: a chat, or the prompt as it is where `turns` is None."""
@@ -77,6 +78,7 @@ def ask(
         model=model_name or "",
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=stop,
+        adapter=adapter or "",
     )
 
 

@@ -31,6 +31,7 @@ TANDEM_CONFIG) and from variables such as TANDEM_ENGINE__THREADS=2; `tandem sett
 
 LAZY = {
     "models": ("cli.models", "Fetch, check and list models."),
+    "adapters": ("cli.adapters", "List, load and unload LoRA adapters."),
     "loadtest": ("cli.loadtest", "Put load on a cluster and measure it."),
     "bench": ("cli.bench", "Measure speed, memory and what disaggregation costs, on this machine."),
 }
@@ -82,6 +83,7 @@ OneTransport = Annotated[
     Transport | None,
     typer.Option("--transport", help="Move KV by this one and no other. Default: as settings say."),
 ]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="LoRA adapter to ask.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Say what it took, and where it ran.")]
 
 
@@ -289,6 +291,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Drop what is less probable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
     stop: Annotated[list[str], typer.Option(help="End before this text.")] = [],  # noqa: B006
+    adapter: Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
     stats: Stats = False,
     config: Config = None,
@@ -309,6 +312,7 @@ def generate(
             text,
             model,
             stop,
+            adapter,
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -328,6 +332,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", help="At most.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", "-t")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    adapter: Adapter = None,
     stats: Stats = False,
     config: Config = None,
 ) -> None:
@@ -340,6 +345,7 @@ def chat(
             "",
             model,
             [],
+            adapter,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,

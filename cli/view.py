@@ -12,6 +12,9 @@ from kvtransfer.observe import Figures, Traffic, total
 from services.runtime.client import Status, Worker
 from services.runtime.oneline import one_line
 
+SHOWN_DIGITS = 12
+"""Of an adapter's digest."""
+
 
 def size(count: float) -> str:
     """Bytes for people: 1.5 MiB."""
@@ -45,7 +48,8 @@ def cluster(status: Status) -> RenderableType:
         row = (_plain(cell) for cell in _row(worker))
         table.add_row(*row, style="yellow" if _state(worker) else "")
     remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
-    lines = [_plain(line, "dim") for line in (*transports(status), *tiers(status), summary(status))]
+    more = (*transports(status), *tiers(status), *adapters(status), summary(status))
+    lines = [_plain(line, "dim") for line in more]
     return Group(table, *(_plain(remark, "yellow") for remark in remarks), *lines)
 
 
@@ -93,6 +97,18 @@ def tiers(status: Status) -> list[str]:
         + (f", {tier.corrupt} corrupt" if tier.corrupt else "")
         for worker in status.workers
         for tier in worker.kv_tiers
+    ]
+
+
+def adapters(status: Status) -> list[str]:
+    """A line for each LoRA adapter: where it is."""
+    having: dict[str, list[str]] = {}
+    for worker in status.workers:
+        for adapter in worker.adapters:
+            having.setdefault(adapter, []).append(worker.worker_id)
+    return [
+        f"LoRA adapter {name[: name.find('@') + 1 + SHOWN_DIGITS]}: {', '.join(who)}"
+        for name, who in sorted(having.items())
     ]
 
 

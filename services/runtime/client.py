@@ -16,12 +16,15 @@ from kvtransfer.tiers.base import TierStats
 from services.runtime.channels import Channels
 from services.runtime.errors import InvalidRequestError, from_rpc
 from services.runtime.explained import Decision, decisions_from
+from tandem.adapters.v1 import adapters_pb2, adapters_pb2_grpc
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tandem.generation.v1 import generation_pb2
 from tandem.inference.v1 import inference_pb2, inference_pb2_grpc
 
 CALL_SECONDS = 10.0
 """Deadline of calls that answer at once."""
+LOAD_SECONDS = 300.0
+"""The same for reading an adapter, which may come from a slow disk."""
 
 
 class CallFailedError(Exception):
@@ -60,6 +63,8 @@ class Ask:
     model: str = ""
     sampling: dict[str, float | int | bool] = field(default_factory=dict)
     stop: Sequence[str] = ()
+    adapter: str = ""
+    """LoRA adapter, by name or id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,20 @@ class Worker:
     """Tiers under its pool, from the top."""
     avoided: str = ""
     """Why it gets only what nobody else can take; empty: it is not avoided."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that it takes requests with, as name@digest."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class HeldAdapter:
+    """A LoRA adapter of one worker; fields as in adapters.proto."""
+
+    id: str
+    name: str
+    rank: int
+    bytes: int
+    requests: int
+    leaving: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +250,33 @@ class Client:
             uptime_seconds=answer.uptime_seconds,
         )
 
+    async def adapters(self, worker: str) -> list[HeldAdapter]:
+        """What the worker at this address holds."""
+        with _failures(worker):
+            answer = await self._adapter_service(worker).ListAdapters(
+                adapters_pb2.ListAdaptersRequest(), timeout=CALL_SECONDS
+            )
+        return [_held(adapter) for adapter in answer.adapters]
+
+    async def load_adapter(self, worker: str, name: str, path: str) -> HeldAdapter:
+        """Has a worker load an adapter from below its engine.adapter_folder."""
+        with _failures(worker):
+            answer = await self._adapter_service(worker).LoadAdapter(
+                adapters_pb2.LoadAdapterRequest(name=name, path=path), timeout=LOAD_SECONDS
+            )
+        return _held(answer.adapter)
+
+    async def unload_adapter(self, worker: str, name: str) -> list[HeldAdapter]:
+        """Has a worker take no new requests with an adapter; what leaves."""
+        with _failures(worker):
+            answer = await self._adapter_service(worker).UnloadAdapter(
+                adapters_pb2.UnloadAdapterRequest(name=name), timeout=CALL_SECONDS
+            )
+        return [_held(adapter) for adapter in answer.adapters]
+
+    def _adapter_service(self, worker: str) -> adapters_pb2_grpc.AdapterServiceStub:
+        return adapters_pb2_grpc.AdapterServiceStub(self._channels.get(worker))
+
     async def explain(self, request_id: str) -> Explained:
         """What coordinators remember of a request: each attempt may have asked another one.
 
@@ -287,13 +333,20 @@ def _failures(address: str) -> Iterator[None]:
 
 def _request(ask: Ask) -> inference_pb2.GenerateRequest:
     """Raises InvalidRequestError for what a message can't hold; servers judge all else."""
-    for text in (ask.prompt, ask.model, *ask.stop, *(turn.content for turn in ask.chat)):
+    for text in (
+        ask.prompt,
+        ask.model,
+        ask.adapter,
+        *ask.stop,
+        *(turn.content for turn in ask.chat),
+    ):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidRequestError("text", text, "must be UTF-8") from None
     request = inference_pb2.GenerateRequest(
         model=ask.model,
+        adapter=ask.adapter,
         stop=ask.stop,
         sampling=_sampling(ask.sampling),
     )
@@ -383,7 +436,12 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
             for tier in stats.kv_tiers
         ),
         avoided=worker.avoided,
+        adapters=tuple(stats.adapters),
     )
+
+
+def _held(adapter: adapters_pb2.Adapter) -> HeldAdapter:
+    return HeldAdapter(**{f.name: getattr(adapter, f.name) for f in fields(HeldAdapter)})
 
 
 def _traffic(traffic: coordinator_pb2.KvTraffic) -> Traffic:
