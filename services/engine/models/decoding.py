@@ -32,15 +32,15 @@ class ByteTable:
     """
 
     def __init__(self, tokens: list[bytes], strip_spaces: int) -> None:
-        self._tokens = tokens
+        self.tokens = tokens
         self.strip_spaces = strip_spaces
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self.tokens)
 
     def join(self, token_ids: Iterable[int]) -> bytes:
         """The bytes of some tokens. Ids beyond the table have none."""
-        table, size = self._tokens, len(self._tokens)
+        table, size = self.tokens, len(self.tokens)
         return b"".join([table[i] for i in token_ids if 0 <= i < size])
 
     @classmethod

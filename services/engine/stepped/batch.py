@@ -159,6 +159,9 @@ class LoadedModel:
     adapters: Adapters | None = None
     """None: it takes none."""
     drafter: Drafter | None = None
+    tokens: Callable[[], Seq[bytes]] | None = None
+    """The bytes of every token by id, none for control tokens; reads the tokenizer. None: it has
+    none, and no guide can be followed."""
 
 
 def batch_of(works: Seq[Work], draft_calls: int = 0) -> StepBatch:

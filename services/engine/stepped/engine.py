@@ -50,9 +50,11 @@ from services.engine.api import (
     TokenOutput,
 )
 from services.engine.experts import check_plan
+from services.engine.guides.compiling import Guides
 from services.engine.stepped.adapters import EngineAdapters
 from services.engine.stepped.batch import LoadedModel
-from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed, Submit
+from services.engine.stepped.guiding import Guiding
+from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed
 from services.engine.stepped.prefix import tier_timeout
 from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
@@ -185,6 +187,8 @@ class SteppedEngine:
             adapters=loaded.adapters,
             drafter=loaded.drafter,
         )
+        guides = Guides(loaded.tokens, loaded.vocabulary, loaded.eos_token_ids)
+        self._guiding = Guiding(guides, self._inbox.put, self._refused)
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
         self._thread.start()
@@ -198,6 +202,7 @@ class SteppedEngine:
             return
         for request_id in list(self._live):
             self.cancel(request_id)
+        self._guiding.guides.close()
         # The thread ends when it holds nothing; what is being fetched stops by its asking.
         self._inbox.put(Close())
         await asyncio.to_thread(self._thread.join)
@@ -232,16 +237,20 @@ class SteppedEngine:
         live = self._live.get(request_id)
         if live is not None:
             live.proceeded = self._clock()
-            self._inbox.put(Proceed(live.serial, first.token_ids, live.proceeded))
+            self._guiding.proceed(Proceed(live.serial, first.token_ids, live.proceeded))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, without another output, and frees what it holds, leases included."""
         live = self._live.pop(request_id, None)
-        if live is not None:
-            self._inbox.put(Cancel(live.serial, request_id))
-            self._adapters.end(live.adapter)
-        else:
+        if live is None:
             self._store.release_lease(request_id)
+            return
+        self._adapters.end(live.adapter)
+        held = self._guiding.cancel(live.serial)
+        if held is None:
+            self._inbox.put(Cancel(live.serial, request_id))
+        else:
+            self._release(held)
 
     def update_experts(self, plan: ExpertMap, moves: Seq[ExpertMove]) -> None:
         """Copies experts until they are where the plan says, between two steps."""
@@ -377,6 +386,7 @@ class SteppedEngine:
                 "prompt_token_ids", wrong, f"token ids are 0 to {info.vocabulary - 1}"
             )
         self._adapters.check(request.adapter)
+        self._guiding.guides.check(request)
 
     def _submit(
         self, request: Request, role: Role, source: KvSource | None, prefix: KvPrefix | None
@@ -393,7 +403,22 @@ class SteppedEngine:
             serial, 0 if source else sequence.context, request.dp_rank, request.adapter
         )
         self._adapters.use(request.adapter)
-        self._inbox.put(Submit(sequence))
+        self._guiding.submit(sequence)
+
+    def _refused(self, sequence: Sequence, fault: EngineFault) -> None:
+        """A request whose guide is of no use ends before the step thread has heard of it."""
+        output = TokenOutput(
+            sequence.request.request_id, finish_reason=FinishReason.ERROR, error=fault
+        )
+        self._release(sequence)
+        self._take(StepResult(outputs=[(sequence.serial, output)]))
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives back what a sequence holds that never got to the step thread."""
+        if sequence.role is Role.PREFILL:
+            self._store.release_lease(sequence.request.request_id)
+        if sequence.source is not None:
+            self.kv.release(sequence.source.address, sequence.source.lease_id)
 
     # Results
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.engine.api import EngineFault
+from services.engine.guides.guided import Guided
 from services.engine.stepped.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A new request."""
+    """A new request, and the form of its output, if it has one."""
 
     sequence: Sequence
+    guided: Guided | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """From logits to tokens: what comes out of a row depends on that row and its request alone.
 
-The order of things, on float32 logits of one row: penalties; tokens that min_tokens forbids;
+The order of things, on float32 logits of one row: tokens that a guide forbids; penalties; tokens
+that min_tokens forbids, unless a guide leaves no other;
 division by temperature; top-k; top-p of the mass that top-k left; min-p; inverse transform over
 the tokens left, in order of id, with one uniform of (seed, position). Ties go to the lower id.
 """
@@ -72,6 +73,8 @@ class Row:
     """Needed if `penalized(sampling)`; up to date."""
     forbidden: frozenset[int] = frozenset()
     """Tokens that min_tokens rules out as yet."""
+    allowed: NDArray[np.uint32] | None = None
+    """Tokens that a guide allows, a bit each, 32 to a word; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def token_of(row: Row, raw: Floats, best: int) -> int | None:
         return None
     sampling = row.sampling
     logits = raw
-    if row.forbidden or penalized(sampling):
+    if row.forbidden or row.allowed is not None or penalized(sampling):
         logits = _adjusted(row, raw)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
@@ -125,12 +128,19 @@ def token_of(row: Row, raw: Floats, best: int) -> int | None:
 
 
 def _adjusted(row: Row, raw: Floats) -> Floats:
-    logits = raw.copy()
+    logits = raw.copy() if row.allowed is None else _masked(raw, row.allowed)
     if row.occurrences is not None:
         row.occurrences.penalize(logits, row.sampling)
     forbidden = [t for t in row.forbidden if t < len(logits)]
-    logits[forbidden] = -np.inf
+    if row.allowed is None or np.isfinite(np.delete(logits, forbidden)).any():
+        logits[forbidden] = -np.inf
     return logits
+
+
+def _masked(raw: Floats, allowed: NDArray[np.uint32]) -> Floats:
+    bits = np.unpackbits(allowed.astype("<u4", copy=False).view(np.uint8), bitorder="little")
+    masked: Floats = np.where(bits[: len(raw)].view(np.bool_), raw, np.float32(-np.inf))
+    return masked
 
 
 def _draw(logits: Floats, best: int, sampling: Sampling, u: float) -> int:

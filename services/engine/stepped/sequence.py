@@ -117,6 +117,8 @@ class Sequence:
         if self.outputs > 0:
             last = self.tokens[-1]
             ends = last in limits.eos_token_ids and not sampling.ignore_eos
+            if ends and sampling.guide is not None:
+                return FinishReason.STOP  # it comes where the form is complete, or nothing else can
             if (ends or last in sampling.stop_token_ids) and self.outputs > sampling.min_tokens:
                 return FinishReason.STOP
         if self.outputs >= sampling.max_tokens or len(self.tokens) >= limits.context_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,8 @@ from services.engine.api import (
     RankStats,
     TokenOutput,
 )
+from services.engine.guides.guided import Guided, Masks
+from services.engine.guides.threads import MaskThread
 from services.engine.stepped.batch import Adapters, Drafter, Model, batch_of
 from services.engine.stepped.deadlines import Deadlines
 from services.engine.stepped.drafts import Drafting
@@ -63,6 +65,7 @@ class _Live:
     """A sequence, and what is kept about it until it ends."""
 
     sequence: Sequence
+    guided: Guided | None = None
     occurrences: Occurrences | None = None
     fetch: Fetch | None = None
     fetched: FetchStopped | None = None
@@ -157,6 +160,7 @@ class Stepper:
         self._block_tokens = store.layout.block_tokens
         self._live: dict[int, _Live] = {}
         self._result = StepResult()
+        self._masks = MaskThread()
         self._rates = Rates()
         self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
         self._serial = self._finished = self._preempted = 0
@@ -171,7 +175,7 @@ class Stepper:
     def apply(self, command: Command) -> None:
         """Takes in what the event loop said."""
         if isinstance(command, Submit):
-            self._submit(command.sequence)
+            self._submit(command.sequence, command.guided)
         elif isinstance(command, FetchStopped):
             self._fetch_stopped(command)
         elif isinstance(command, Proceed):
@@ -309,9 +313,10 @@ class Stepper:
         else:
             self._adapters.put(change.adapter_id, change.weights)
 
-    def _submit(self, sequence: Sequence) -> None:
-        self._live[sequence.serial] = _Live(sequence)
-        self._serial = sequence.serial
+    def _submit(self, sequence: Sequence, guided: Guided | None) -> None:
+        self._live[sequence.serial] = _Live(sequence, guided)
+        # One whose guide took long comes late.
+        self._serial = max(self._serial, sequence.serial)
         self._scheduler.submit(sequence)
         reason = sequence.finished(self._limits)
         if reason is not None:  # earlier attempts had all but said so
@@ -323,6 +328,8 @@ class Stepper:
             return
         live.proceeded = command.at
         self._scheduler.proceed(live.sequence, command.token_ids)
+        if live.guided is not None:
+            live.guided.accept(command.token_ids)
         reason = live.sequence.finished(self._limits)
         if reason is not None:
             self._end(live.sequence, reason)
@@ -368,26 +375,45 @@ class Stepper:
         filling.begin()
         batch = batch_of(works, 0 if drafting is None else drafting.plan(works))
         after_layers = filling.layers_done if filling.any else None
+        masks = self._masks.begin(self._guided(works))
         began = self._clock()
-        logits = self._model.forward(batch, after_layers, self._store.layers_per_piece)
+        try:
+            logits = self._model.forward(batch, after_layers, self._store.layers_per_piece)
+        finally:
+            allowed = masks.result()
         self._scheduler.advance(plan)
-        gains = self._gains(works, logits)
+        gains = self._gains(works, logits, allowed)
         if drafting is not None:
             drafting.computed(batch, self._clock() - began)
             drafting.draft(works, batch, {g.sequence: self._draftable(g) for g in gains})
         filling.finish()
         return gains
 
-    def _gains(self, works: Seq[Work], logits: NDArray[np.float32]) -> list[_Gain]:
+    def _guided(self, works: Seq[Work]) -> Iterable[tuple[int, Guided, tuple[int, ...]]]:
+        for work in works:
+            guided = self._live[work.sequence.serial].guided
+            if work.sample and guided is not None:
+                yield work.sequence.serial, guided, work.drafts
+
+    def _gains(
+        self, works: Seq[Work], logits: NDArray[np.float32], allowed: Mapping[int, Masks]
+    ) -> list[_Gain]:
         best, row, gains = logits.argmax(axis=1), 0, []
         for work in works:
             if work.sample:
                 rows = slice(row, row + 1 + len(work.drafts))
-                gains.append(self._gain(work, logits[rows], best[rows]))
+                masks = allowed.get(work.sequence.serial)
+                gains.append(self._gain(work, logits[rows], best[rows], masks))
                 row = rows.stop
         return gains
 
-    def _gain(self, work: Work, logits: NDArray[np.float32], best: NDArray[np.intp]) -> _Gain:
+    def _gain(
+        self,
+        work: Work,
+        logits: NDArray[np.float32],
+        best: NDArray[np.intp],
+        masks: Masks | None,
+    ) -> _Gain:
         """Chooses a token, and one more for each draft that was the token chosen.
 
         Each is chosen as it would be without drafts: after those before it were appended, for its
@@ -397,12 +423,14 @@ class Stepper:
         choices: list[Choice] = []
         reason, fault = None, None
         for row, draft in enumerate((*work.drafts, None)):
-            choice = self._choose(sequence, logits[row], int(best[row]))
+            allowed = None if masks is None else masks[row]
+            choice = choose(self._row(sequence, (), allowed), logits[row], int(best[row]))
             if choice is None:
-                reason, fault = FinishReason.ERROR, _NO_NUMBER
+                reason, fault = FinishReason.ERROR, self._no_choice(sequence)
                 break
             choices.append(choice)
             sequence.append((choice.token,))
+            self._follow(sequence, choice.token)
             reason = sequence.finished(self._limits)
             if reason is not None or choice.token != draft:
                 break
@@ -413,8 +441,19 @@ class Stepper:
             self._accepted += max(0, len(choices) - 1)
         return _Gain(sequence, tuple(choices), reason, fault)
 
-    def _choose(self, sequence: Sequence, logits: NDArray[np.float32], best: int) -> Choice | None:
-        return choose(self._row(sequence), logits, best)
+    def _follow(self, sequence: Sequence, token: int) -> None:
+        guided = self._live[sequence.serial].guided
+        if guided is not None and token not in self._limits.eos_token_ids:
+            guided.accept((token,))
+
+    def _no_choice(self, sequence: Sequence) -> EngineFault:
+        guided = self._live[sequence.serial].guided
+        if guided is not None and guided.failure is None:
+            guided.masks()  # it may have been at a draft
+        if guided is None or guided.failure is None:
+            return _NO_NUMBER
+        failure = guided.failure
+        return EngineFault(failure.reason, failure.message, failure.metadata)
 
     def _draftable(self, gain: _Gain) -> int | None:
         """How many tokens it makes sense to draft; None: the sequence does not go on."""
@@ -426,9 +465,16 @@ class Stepper:
     def _draft(
         self, sequence: Sequence, drafts: tuple[int, ...], logits: NDArray[np.float32]
     ) -> int | None:
-        return token_of(self._row(sequence, drafts), logits, int(logits.argmax()))
+        guided = self._live[sequence.serial].guided
+        allowed = None if guided is None else guided.masks(drafts)[-1]
+        return token_of(self._row(sequence, drafts, allowed), logits, int(logits.argmax()))
 
-    def _row(self, sequence: Sequence, drafts: tuple[int, ...] = ()) -> Row:
+    def _row(
+        self,
+        sequence: Sequence,
+        drafts: tuple[int, ...] = (),
+        allowed: NDArray[np.uint32] | None = None,
+    ) -> Row:
         """For the token after a sequence's own and drafts, which penalties don't know."""
         sampling = sequence.request.sampling
         live = self._live[sequence.serial]
@@ -442,7 +488,7 @@ class Stepper:
             if not sampling.ignore_eos:
                 forbidden |= self._limits.eos_token_ids
         position = len(sequence.tokens) + len(drafts)
-        return Row(sampling, position, live.occurrences, forbidden)
+        return Row(sampling, position, live.occurrences, forbidden, allowed)
 
     def _advance(self, gains: Seq[_Gain]) -> None:
         """Sequences move on by what was chosen."""

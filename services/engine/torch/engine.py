@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from kvtransfer.layout import KvLayout
 from kvtransfer.policy import ExportPolicy
 from services.engine.models.folder import resolve
+from services.engine.models.text import Tokenizer
 from services.engine.stepped.batch import AfterLayers, LoadedModel, StepBatch
 from services.engine.stepped.engine import SteppedEngine
 from services.engine.torch.model import Batch, LlamaModel
@@ -81,4 +82,5 @@ def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
         min(folder.context_tokens, llama.config.positions),
         folder.vocabulary,
         folder.eos_token_ids,
+        tokens=lambda: Tokenizer(folder).table.tokens,
     )
