@@ -14,6 +14,8 @@ from services.engine.api import (
     ExpertMove,
     ExpertShape,
     FinishReason,
+    Guide,
+    GuideKind,
     KvPrefix,
     KvReport,
     PrefixReport,
@@ -45,6 +47,36 @@ _SAMPLING_FIELDS = (
     "min_tokens",
     "seed",
 )
+
+
+def guide_from(message: generation_pb2.Guide) -> Guide:
+    """The form asked for, unchecked. Raises InvalidRequestError if the message has none."""
+    form = message.WhichOneof("form")
+    match form:
+        case None:
+            names = ", ".join(kind.value for kind in GuideKind)
+            raise InvalidRequestError("sampling.guide", None, f"one of {names} must be set")
+        case "choice":
+            return Guide(GuideKind.CHOICE, tuple(message.choice.texts))
+        case "json_object":
+            return Guide(GuideKind.JSON_OBJECT)
+        case _:
+            return Guide(GuideKind(form), (getattr(message, form),))
+
+
+def guide_to(guide: Guide) -> generation_pb2.Guide:
+    """The same for the wire."""
+    match guide.kind:
+        case GuideKind.JSON_SCHEMA:
+            return generation_pb2.Guide(json_schema=guide.texts[0])
+        case GuideKind.REGEX:
+            return generation_pb2.Guide(regex=guide.texts[0])
+        case GuideKind.GRAMMAR:
+            return generation_pb2.Guide(grammar=guide.texts[0])
+        case GuideKind.CHOICE:
+            return generation_pb2.Guide(choice=generation_pb2.Choice(texts=guide.texts))
+        case GuideKind.JSON_OBJECT:
+            return generation_pb2.Guide(json_object=generation_pb2.JsonObject())
 
 
 def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Request:
@@ -79,6 +111,7 @@ def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Reque
         seed=s.seed,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
         ignore_eos=s.ignore_eos,
+        guide=guide_from(s.guide) if s.HasField("guide") else None,
     )
     return Request(
         request_id=message.request_id,

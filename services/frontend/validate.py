@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from services.engine.api import Sampling
+from services.engine.api import Guide, Sampling
 from services.runtime.errors import InvalidRequestError, UnknownModelError
 
 MAX_STOPS = 16
@@ -47,6 +47,7 @@ class AskedSampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +224,8 @@ def check_sampling(
 ) -> Sampling:
     """Sampling with every field set; `draw_seed` gives 64 random bits if the client gave none.
 
+    Of a guide only that it can be one here: whether it is one, compiling shows.
+
     Raises InvalidRequestError.
     """
     max_tokens = asked.max_tokens
@@ -243,6 +246,9 @@ def check_sampling(
             f"{len(asked.stop_token_ids)} ids",
             f"at most {MAX_STOP_TOKENS}",
         )
+    if asked.guide is not None and asked.ignore_eos:
+        allowed = "with a guide the end-of-sequence token says that the form is complete"
+        raise InvalidRequestError("sampling.ignore_eos", True, allowed)
     _check_vocabulary("sampling.stop_token_ids", asked.stop_token_ids, limits.vocabulary)
     top_k = asked.top_k or 0
     return Sampling(
@@ -261,6 +267,7 @@ def check_sampling(
         seed=draw_seed() if asked.seed is None else asked.seed,
         logprobs=asked.logprobs,
         ignore_eos=asked.ignore_eos,
+        guide=asked.guide,
     )
 
 

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 import grpc
 
 from services.engine.api import KvPrefix, Sampling, TokenLogprob
-from services.engine.wire import FINISH, kv_from, kv_to, prefix_from, prefix_to
+from services.engine.wire import (
+    FINISH,
+    guide_from,
+    guide_to,
+    kv_from,
+    kv_to,
+    prefix_from,
+    prefix_to,
+)
 from services.frontend.events import DecodeOutput, Placement, PrefillDone, Worker
 from services.frontend.request import Request
 from services.frontend.served import ServedAdapter, ServedModel
@@ -41,7 +49,7 @@ _OPTIONAL = (
 
 
 def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
-    """What the client sent, unchecked."""
+    """What the client sent, unchecked. Raises InvalidRequestError for a guide without a form."""
     asked: Prompt | Chat | Tokens | None = None
     match message.WhichOneof("input"):
         case "prompt":
@@ -53,7 +61,10 @@ def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
     s = message.sampling
     given = {name: getattr(s, name) for name in _OPTIONAL if s.HasField(name)}  # type: ignore[arg-type]
     sampling = AskedSampling(
-        stop_token_ids=tuple(s.stop_token_ids), ignore_eos=s.ignore_eos, **given
+        stop_token_ids=tuple(s.stop_token_ids),
+        ignore_eos=s.ignore_eos,
+        guide=guide_from(s.guide) if s.HasField("guide") else None,
+        **given,
     )
     level = message.service_level
     return Asked(
@@ -131,6 +142,7 @@ def sampling_to(sampling: Sampling) -> generation_pb2.SamplingParams:
         seed=sampling.seed,
         logprobs=sampling.logprobs,
         ignore_eos=sampling.ignore_eos,
+        guide=None if sampling.guide is None else guide_to(sampling.guide),
     )
 
 
