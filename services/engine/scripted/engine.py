@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from kvtransfer.policy import ExportPolicy
+from services.engine.models.folder import resolve
+from services.engine.models.text import Tokenizer
 from services.engine.scripted.adapters import ScriptedAdapters
 from services.engine.scripted.drafter import ScriptedDrafter
 from services.engine.scripted.experts import ScriptedExperts, shape_of
-from services.engine.scripted.model import CONTEXT_TOKENS, EOS, VOCABULARY, ScriptedModel
+from services.engine.scripted.model import (
+    CONTEXT_TOKENS,
+    EOS,
+    GENERATED,
+    VOCABULARY,
+    ScriptedModel,
+)
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.engine import SteppedEngine
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
@@ -52,6 +60,8 @@ class ScriptedEngine(SteppedEngine):
                 experts=experts,
                 adapters=adapters,
                 drafter=drafter,
+                # Only guides ask what text the tokens of the model that it stands in for are.
+                tokens=lambda: Tokenizer(resolve(model)).table.tokens[:GENERATED],
             )
 
         super().__init__(load, engine, kv, host=host, policy=policy)

@@ -27,11 +27,13 @@ VOCABULARY = 2**16
 GENERATED = 512
 """Generated token ids are below this, and not one of the first three."""
 EOS = 2
-"""Never generated."""
+"""Generated only where a guide leaves nothing else."""
 CONTEXT_TOKENS = 8192
 
 _SPREAD = 8.0
 """Logits are in [0, this)."""
+_NEVER = -1e30
+"""A logit that has no chance beside any other, whatever the temperature and penalties."""
 
 
 class ScriptedModel:
@@ -199,5 +201,6 @@ def logits_of(tokens: bytes, adapter: int = 0) -> NDArray[np.float32]:
     said = tokens + adapter.to_bytes(4, "little") if adapter else tokens
     bits = np.frombuffer(hashlib.shake_128(said).digest(2 * GENERATED), dtype="<u2")
     logits = bits.astype(np.float32) * np.float32(_SPREAD / 2**16)
-    logits[: EOS + 1] = -np.inf
+    logits[:EOS] = -np.inf
+    logits[EOS] = _NEVER
     return logits
