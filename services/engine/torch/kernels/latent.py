@@ -2,14 +2,17 @@
 
 A query row is one head at one position. A work item is a run of a sequence's query rows, sixteen to
 a vector; it walks the context in tiles of 64 keys, aligned to absolute positions. All heads share
-a key, and its first values are the value too: so a tile is widened once for all the item's rows. It
-stays row by row: a score takes a key's words one by one and a vector of query rows; the softmax goes
-down the keys, lane by lane; an output takes a row's weights one by one and a vector of dimensions.
+a key, and its latent is the value too: so a tile is widened once for all the item's rows, and stays
+as it is, key by key: a score takes a key's words one by one and a vector of query rows; the softmax
+goes down the keys, lane by lane; an output takes a row's weights one by one and a vector of
+dimensions.
 
 What a query row gets depends on nothing but itself and its context: a score is one chain over a
-scale's dimensions, the scales' chains are added in order; an output is one chain over keys; the
-running maximum and sum change tile by tile; tiles and keys beyond the row's position leave its state
-as it is, bit for bit, whether they are skipped or masked.
+scale's dimensions, the scales' chains are added in order; an output is one chain over a segment's
+keys; the running maximum and sum change tile by tile; segments, at absolute positions too, start
+afresh and are merged in order. So segments may be attended to by several threads at once, and long
+contexts of few rows are. Tiles, segments and keys beyond the row's position leave its state as it
+is, bit for bit, whether they are skipped or masked.
 """
 
 from __future__ import annotations
@@ -23,14 +26,11 @@ from services.engine.torch.kernels.formats import (
     BFLOAT16,
     FLOAT32,
     FP8_E4M3,
-    FP8_FROM_HALF,
     SIZES,
-    even_halves,
-    load_values,
     power_of_two,
     store_values,
-    widen_fp8,
 )
+from services.engine.torch.kernels.latent_keys import KEYS, widen
 from services.engine.torch.kernels.latent_tiles import KEYS_AT_ONCE, ROWS_AT_ONCE
 from services.engine.torch.kernels.simd import (
     LANES,
@@ -39,18 +39,16 @@ from services.engine.torch.kernels.simd import (
     and_i32,
     bits,
     fetch_add,
-    half_to_f32,
+    fma,
     if_less_i32,
     larger,
-    left,
+    largest_lane,
     load_f32,
     load_i32,
-    load_u16,
     multiply,
     or_i32,
     peek_f32,
     peek_i32,
-    peek_i64,
     poke_f32,
     poke_i32,
     poke_i64,
@@ -58,16 +56,17 @@ from services.engine.torch.kernels.simd import (
     splat_f32,
     splat_i32,
     store_f32,
+    store_i32,
     subtract,
     unpack,
 )
 from services.engine.torch.kernels.team import entry
 from services.engine.torch.kernels.tiles import transpose_words
 
-# Keys in a tile.
-KEYS = 64
 # Query rows (positions times heads) in an item, at most; a multiple of LANES.
 QUERY_ROWS = 64
+# Keys whose outputs are summed up by themselves; a multiple of KEYS.
+SEGMENT = 512
 MINUS_INFINITY = float("-inf")
 
 ATTEND = (
@@ -93,20 +92,37 @@ ATTEND = (
     "table_width",
     "positions",
     "task",
+    "partial",
+    "partial_rows",
     "scratch",
     "scratch_bytes",
     "ticket",
 )
 _attend_arguments = unpack(len(ATTEND) + 1)
-TASK_FIELDS = 3
+TASK_FIELDS = 5
+
+MERGE = (
+    "tasks",
+    "latent",
+    "kind",
+    "out",
+    "task",
+    "partial",
+    "partial_rows",
+    "scratch",
+    "scratch_bytes",
+    "ticket",
+)
+_merge_arguments = unpack(len(MERGE) + 1)
+MERGE_FIELDS = 4
 
 
 def scratch_bytes(latent: int, rope: int, groups: int) -> int:
     """Memory that a thread needs, as `_divide` divides it, whatever the kind of words."""
     width = latent + rope
     end = 4 * (KEYS * width + KEYS * latent // 2 + QUERY_ROWS * (width + LANES))
-    end += 4 * (KEYS * QUERY_ROWS * (1 + groups) + QUERY_ROWS * latent + groups * KEYS)
-    end += 4 * 4 * QUERY_ROWS + 8 * LANES + 64
+    end += 4 * (KEYS * QUERY_ROWS * (1 + groups) + groups * KEYS)
+    end += 2 * 4 * QUERY_ROWS * (latent + 2) + 2 * 4 * QUERY_ROWS + 8 * LANES
     return -(-end // 4096) * 4096
 
 
@@ -115,8 +131,8 @@ def _divide(scratch: int, latent: int, rope: int, groups: int) -> Any:
     """Addresses; w words a key, R = QUERY_ROWS; 32-bit words or float32, but addresses int64.
 
     keys [KEYS, w], values [KEYS / 2, latent] (pairs only), queries [R / LANES, w, LANES], scores
-    [KEYS, R], weights [groups, KEYS, R] (pairs: half of it), outputs [R, latent], scales [groups,
-    KEYS], sums, maxima, limits, factors [R], addresses [LANES].
+    [KEYS, R], weights [groups, KEYS, R] (pairs: half of it), scales [groups, KEYS], limits, factors
+    [R], addresses [LANES], and two states: the segment's, and that of all up to it.
     """
     keys = scratch
     values = keys + 4 * KEYS * (latent + rope)
@@ -124,17 +140,23 @@ def _divide(scratch: int, latent: int, rope: int, groups: int) -> Any:
     # Transposing writes up to LANES words beyond the last.
     scores = queries + 4 * QUERY_ROWS * (latent + rope + LANES)
     weights = scores + 4 * KEYS * QUERY_ROWS
-    outputs = weights + 4 * groups * KEYS * QUERY_ROWS
-    scales = outputs + 4 * QUERY_ROWS * latent
-    sums = scales + 4 * groups * KEYS
-    maxima = sums + 4 * QUERY_ROWS
-    limits = maxima + 4 * QUERY_ROWS
+    scales = weights + 4 * groups * KEYS * QUERY_ROWS
+    limits = scales + 4 * groups * KEYS
     factors = limits + 4 * QUERY_ROWS
     addresses = factors + 4 * QUERY_ROWS
+    state = addresses + 8 * LANES
+    whole = state + 4 * QUERY_ROWS * (latent + 2)
     return (
-        keys, values, queries, scores, weights, outputs, scales, sums, maxima, limits, factors,
-        addresses,
+        keys, values, queries, scores, weights, scales, limits, factors, addresses,
+        _state(state, QUERY_ROWS, latent), _state(whole, QUERY_ROWS, latent),
     )  # fmt: skip
+
+
+@njit(cache=True, error_model="numpy")
+def _state(start: int, rows: int, latent: int) -> Any:
+    """Addresses, all float32: outputs [rows, latent], sums [rows], maxima [rows]."""
+    sums = start + 4 * rows * latent
+    return start, sums, sums + 4 * rows
 
 
 @entry
@@ -146,56 +168,144 @@ def attend(arguments: int) -> None:
     a pool of float32. pool: address of this layer in the first block; block_bytes from block to
     block; to_*: bytes from the layer's start to the components, of kv_kind (with `groups` scales a
     token) and rope_kind; tables int32 [sequences, table_width]: blocks; positions int32 [rows],
-    rising by one within a sequence, none below first_key, nor are keys looked at below it; task int32
-    [tasks, 3]: sequence, first and end query row (row * heads + head), at most QUERY_ROWS. scratch:
-    scratch_bytes for each thread; ticket: address of a zero, to share it out by.
+    rising by one within a sequence, none below first_key, nor are keys looked at below it, which is
+    less than KEYS. task int32 [tasks, 5]: sequence; first and end query row (row * heads + head),
+    at most QUERY_ROWS; segment, or -1 for all of them; where the segment's state goes in `partial`,
+    a state (see `_state`) of partial_rows rows, that `merge` makes out of. scratch: scratch_bytes
+    for each thread; ticket: address of a zero, to share it out by.
     """
     (
-        _, tasks, heads, latent, rope, groups, first_key, kind, kv_kind, rope_kind, word_kind, q, out,
-        pool, block_bytes, block_tokens, to_latent, to_scale, to_rope, tables, table_width,
-        positions, task, scratch, scratch_size, ticket,
+        _, tasks, heads, latent, rope, groups, first_key, kind, kv_kind, rope_kind, word_kind, q,
+        out, pool, block_bytes, block_tokens, to_latent, to_scale, to_rope, tables, table_width,
+        positions, task, partial, partial_rows, scratch, scratch_size, ticket,
     ) = _attend_arguments(arguments)  # fmt: skip
     mine = scratch + scratch_size * fetch_add(ticket, 1)
-    words = (latent + rope) * SIZES[word_kind] // 4
     # Scales multiply scores and weights of pairs; float32 has them multiplied in already.
     scaled = groups if word_kind == BFLOAT16 and kv_kind == FP8_E4M3 else 0
+    words = (latent + rope) * SIZES[word_kind] // 4
     room = _divide(mine, latent, rope, groups)
+    state, whole = room[9], room[10]
     while True:
         item = fetch_add(arguments, 1)
         if item >= tasks:
             return
         here = task + 4 * TASK_FIELDS * item
         table = tables + 4 * table_width * peek_i32(here)
-        first = peek_i32(here + 4)
-        end = peek_i32(here + 8)
-        _gather(q, positions, first, end, heads, words, latent, room)
+        first, end = peek_i32(here + 4), peek_i32(here + 8)
+        segment = peek_i32(here + 12)
         rows = -(-(end - first) // LANES) * LANES
+        _gather(q, positions, first, end, heads, words, room)
         context = peek_i32(positions + 4 * ((end - 1) // heads)) + 1
         least = peek_i32(positions + 4 * (first // heads)) + 1
-        for tile in range(first_key // KEYS * KEYS, context, KEYS):
+        begin, stop = 0, context
+        if segment >= 0:
+            begin, stop = SEGMENT * segment, min(SEGMENT * (segment + 1), context)
+        _clear(whole, rows, latent)
+        for tile in range(begin, stop, KEYS):
+            if tile % SEGMENT == 0:
+                _clear(state, rows, latent)
             count = min(KEYS, context - tile)
-            _widen(
-                table, tile, first_key, count, pool, block_bytes, block_tokens, to_latent, to_scale,
-                to_rope, latent, rope, groups, kv_kind, rope_kind, word_kind, room,
-            )  # fmt: skip
             full = -(-count // KEYS_AT_ONCE) * KEYS_AT_ONCE
+            widen(
+                table, tile, first_key, count, pool, block_bytes, block_tokens, to_latent, to_scale,
+                to_rope, latent, rope, groups, kv_kind, rope_kind, word_kind, room[0], room[1],
+                room[5],
+            )  # fmt: skip
             _score(rows, full, latent, words, scaled, word_kind, room)
             masked = tile < first_key or tile + full > least
             for row in range(0, rows, LANES):
                 _soften(row, tile, first_key, full, masked, scaled, word_kind, room)
             _add_values(end - first, full, latent, words, scaled, word_kind, room)
-        _scatter(out + first * latent * SIZES[kind], end - first, latent, kind, room)
+            if tile + KEYS >= stop or (tile + KEYS) % SEGMENT == 0:
+                _merge(whole, 0, state, 0, end - first, latent)
+        if segment < 0:
+            _scatter(out + first * latent * SIZES[kind], whole, end - first, latent, kind)
+        else:
+            aside = _state(partial, partial_rows, latent)
+            _copy_state(aside, peek_i32(here + 16), whole, end - first, latent)
+
+
+@entry
+def merge(arguments: int) -> None:
+    """Out from the states that `attend` left in `partial`, segment by segment.
+
+    task int32 [tasks, 4]: first and end query row, at most LANES; segments; where the first
+    one's state is in partial. The next one's is QUERY_ROWS further on. Else as in `attend`.
+    """
+    (
+        _, tasks, latent, kind, out, task, partial, partial_rows, scratch, scratch_size, ticket,
+    ) = _merge_arguments(arguments)  # fmt: skip
+    whole = _state(scratch + scratch_size * fetch_add(ticket, 1), LANES, latent)
+    source = _state(partial, partial_rows, latent)
+    while True:
+        item = fetch_add(arguments, 1)
+        if item >= tasks:
+            return
+        here = task + 4 * MERGE_FIELDS * item
+        first, end = peek_i32(here), peek_i32(here + 4)
+        place = peek_i32(here + 12)
+        _clear(whole, LANES, latent)
+        for segment in range(peek_i32(here + 8)):
+            _merge(whole, 0, source, place + QUERY_ROWS * segment, end - first, latent)
+        _scatter(out + first * latent * SIZES[kind], whole, end - first, latent, kind)
+
+
+@njit(cache=True, error_model="numpy")
+def _clear(state: Any, rows: int, latent: int) -> None:
+    """Nothing seen yet; rows a multiple of LANES."""
+    outputs, sums, maxima = state
+    for row in range(0, rows, LANES):
+        store_f32(sums + 4 * row, splat_f32(0.0))
+        store_f32(maxima + 4 * row, splat_f32(MINUS_INFINITY))
+    for d in range(0, rows * latent, LANES):
+        store_f32(outputs + 4 * d, splat_f32(0.0))
+
+
+@njit(cache=True, error_model="numpy")
+def _merge(whole: Any, first: int, part: Any, part_first: int, rows: int, latent: int) -> None:
+    """Rows of a state become what they are with the keys of another, later one.
+
+    A part that has seen nothing changes nothing, and nothing becomes the part, bit for bit.
+    """
+    outputs, sums, maxima = whole
+    part_outputs, part_sums, part_maxima = part
+    for row in range(rows):
+        to, source = first + row, part_first + row
+        before = splat_f32(peek_f32(maxima + 4 * to))
+        other = splat_f32(peek_f32(part_maxima + 4 * source))
+        now = larger(other, before)
+        keep = power_of_two(subtract(before, now))
+        more = power_of_two(subtract(other, now))
+        total = multiply(splat_f32(peek_f32(sums + 4 * to)), keep)
+        total = fma(splat_f32(peek_f32(part_sums + 4 * source)), more, total)
+        poke_f32(sums + 4 * to, largest_lane(total))
+        poke_f32(maxima + 4 * to, largest_lane(now))
+        target = outputs + 4 * latent * to
+        added = part_outputs + 4 * latent * source
+        for d in range(0, latent, LANES):
+            kept = multiply(load_f32(target + 4 * d), keep)
+            store_f32(target + 4 * d, fma(load_f32(added + 4 * d), more, kept))
+
+
+@njit(cache=True, error_model="numpy")
+def _copy_state(to: Any, first: int, state: Any, rows: int, latent: int) -> None:
+    """The first rows of a state to rows of another."""
+    for row in range(rows):
+        poke_f32(to[1] + 4 * (first + row), peek_f32(state[1] + 4 * row))
+        poke_f32(to[2] + 4 * (first + row), peek_f32(state[2] + 4 * row))
+    for d in range(0, rows * latent, LANES):
+        store_f32(to[0] + 4 * (first * latent + d), load_f32(state[0] + 4 * d))
 
 
 @njit(cache=True, error_model="numpy")
 def _gather(
-    q: int, positions: int, first: int, end: int, heads: int, words: int, latent: int, room: Any
+    q: int, positions: int, first: int, end: int, heads: int, words: int, room: Any
 ) -> None:
-    """Query rows into scratch, transposed, and a fresh state.
+    """Query rows into scratch, transposed.
 
     Filled up to a multiple of LANES with copies of the last one, whose output goes nowhere.
     """
-    _, _, queries, _, _, outputs, _, sums, maxima, limits, _, addresses = room
+    queries, limits, addresses = room[2], room[6], room[8]
     for row in range(0, end - first, LANES):
         for lane in range(LANES):
             source = min(first + row + lane, end - 1)
@@ -204,108 +314,6 @@ def _gather(
         target = queries + 4 * row * words
         for begin in range(0, words, LANES):
             transpose_words(addresses, 4 * begin, target + 4 * begin * LANES)  # type: ignore[call-arg]
-        store_f32(sums + 4 * row, splat_f32(0.0))
-        store_f32(maxima + 4 * row, splat_f32(MINUS_INFINITY))
-        for d in range(0, LANES * latent, LANES):
-            store_f32(outputs + 4 * (row * latent + d), splat_f32(0.0))
-
-
-@njit(cache=True, error_model="numpy")
-def _widen(
-    table: int, tile: int, first_key: int, count: int, pool: int, block_bytes: int,
-    block_tokens: int, to_latent: int, to_scale: int, to_rope: int, latent: int, rope: int,
-    groups: int, kv_kind: int, rope_kind: int, word_kind: int, room: Any,
-) -> None:  # fmt: skip
-    """The tile's keys as words, their scales, and the values as pairs of keys.
-
-    Places below first_key and, up to a multiple of KEYS_AT_ONCE, beyond the count hold what a
-    neighbour holds: no row looks at them, but what is read there must be a number.
-    """
-    keys, values, _, _, _, _, scales, _, _, _, _, _ = room
-    words = (latent + rope) * SIZES[word_kind] // 4
-    place = max(tile, first_key)
-    index = place // block_tokens
-    token = place % block_tokens
-    layer = pool + block_bytes * peek_i32(table + 4 * index)
-    for key in range(-(-count // KEYS_AT_ONCE) * KEYS_AT_ONCE):
-        target = keys + 4 * key * words
-        data = layer + to_latent + token * latent * SIZES[kv_kind]
-        scale = layer + to_scale + token * groups * 4
-        rotated = layer + to_rope + token * rope * SIZES[rope_kind]
-        if word_kind == BFLOAT16:
-            if kv_kind == FP8_E4M3:
-                _widen_codes(data, target, latent)
-                for group in range(groups):
-                    poke_f32(
-                        scales + 4 * (group * KEYS + key),
-                        peek_f32(scale + 4 * group) * FP8_FROM_HALF,
-                    )
-            else:
-                _copy(data, target, latent)
-            _copy(rotated, target + 2 * latent, rope)
-        else:
-            if kv_kind == FP8_E4M3:
-                _decode(data, scale, target, latent, groups)
-            else:
-                for i in range(0, latent, LANES):
-                    store_f32(target + 4 * i, load_values(data, i, kv_kind))
-            for i in range(0, rope, LANES):
-                store_f32(target + 4 * (latent + i), load_values(rotated, i, rope_kind))
-        if place <= tile + key < tile + count - 1:
-            token += 1
-            if token == block_tokens:
-                token = 0
-                index += 1
-                layer = pool + block_bytes * peek_i32(table + 4 * index)
-    if word_kind == BFLOAT16:
-        full = -(-count // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        _pair_keys(keys, values, full // 2, latent, words)
-
-
-@njit(cache=True, error_model="numpy")
-def _copy(source: int, target: int, count: int) -> None:
-    """Bfloat16 values, a multiple of sixteen: reads none beyond them."""
-    whole = count // (2 * LANES) * (2 * LANES)
-    for i in range(0, whole, 2 * LANES):
-        store_f32(target + 2 * i, load_f32(source + 2 * i))
-    for i in range(whole, count, 4):
-        poke_i64(target + 2 * i, peek_i64(source + 2 * i))
-
-
-@njit(cache=True, error_model="numpy")
-def _widen_codes(source: int, target: int, count: int) -> None:
-    """fp8 codes, 32 at least, as bfloat16 of 2**-8 of their values: see FP8_FROM_HALF."""
-    high = splat_i32(-65536)
-    for start in range(0, count, 2 * LANES):
-        # The last vector overlaps the one before it where count is no multiple of 32.
-        i = min(start, count - 2 * LANES)
-        two = load_u16(source + i)
-        halves = even_halves(or_i32(two, left(two, 8)))
-        first = right(bits(half_to_f32(halves)), 16)
-        second = and_i32(bits(half_to_f32(right(halves, 16))), high)
-        tiles.store_i32(target + 2 * i, or_i32(first, second))
-
-
-@njit(cache=True, error_model="numpy")
-def _decode(source: int, scale: int, target: int, count: int, groups: int) -> None:
-    """fp8 codes as float32, scales multiplied in."""
-    size = count // groups
-    for group in range(groups):
-        factor = splat_f32(peek_f32(scale + 4 * group) * FP8_FROM_HALF)
-        for i in range(group * size, (group + 1) * size, LANES):
-            store_f32(target + 4 * i, multiply(widen_fp8(source + i), factor))
-
-
-@njit(cache=True, error_model="numpy")
-def _pair_keys(keys: int, values: int, pairs: int, latent: int, words: int) -> None:
-    """Values of keys 2 i and 2 i + 1 side by side, dimension by dimension."""
-    for pair in range(pairs):
-        even = keys + 8 * pair * words
-        odd = even + 4 * words
-        target = values + 4 * pair * latent
-        for d in range(0, latent, LANES):
-            both = or_i32(load_u16(even + 2 * d), left(load_u16(odd + 2 * d), 16))
-            tiles.store_i32(target + 4 * d, both)
 
 
 @njit(cache=True, error_model="numpy")
@@ -316,7 +324,7 @@ def _score(
 
     Without scales (scaled 0) all in one.
     """
-    keys, _, queries, scores, _, _, scales, _, _, _, _, _ = room
+    keys, queries, scores, scales = room[0], room[2], room[3], room[5]
     parts = max(scaled, 1)
     size = latent * SIZES[word_kind] // 4 // parts
     for key in range(0, count, KEYS_AT_ONCE):
@@ -377,7 +385,8 @@ def _soften(
 
     Keys that a row may not see weigh 0. Leaves in factors what outputs so far must shrink by.
     """
-    _, _, _, scores, weights, _, scales, sums, maxima, limits, factors, _ = room
+    scores, weights, scales, limits, factors = room[3], room[4], room[5], room[6], room[7]
+    _, sums, maxima = room[9]
     scores += 4 * row
     width = 4 * QUERY_ROWS
     if masked:
@@ -410,7 +419,7 @@ def _soften(
             store_f32(target + width * key, even)
             store_f32(target + width * (key + 1), odd)
         elif scaled == 0:
-            tiles.store_i32(target + width * (key // 2), _pair(even, odd))
+            store_i32(target + width * (key // 2), _pair(even, odd))
         else:
             for part in range(scaled):
                 scale = scales + 4 * (part * KEYS + key)
@@ -418,7 +427,7 @@ def _soften(
                     multiply(even, splat_f32(peek_f32(scale))),
                     multiply(odd, splat_f32(peek_f32(scale + 4))),
                 )
-                tiles.store_i32(target + width * (part * KEYS + key) // 2, pair)
+                store_i32(target + width * (part * KEYS + key) // 2, pair)
     store_f32(sums + 4 * row, total)
 
 
@@ -435,7 +444,8 @@ def _add_values(
     count: int, keys_count: int, latent: int, words: int, scaled: int, word_kind: int, room: Any
 ) -> None:
     """Outputs of `count` query rows: shrunk, plus weights times values."""
-    keys, values, _, _, weights, outputs, _, _, _, _, factors, _ = room
+    keys, values, weights, factors = room[0], room[1], room[4], room[7]
+    outputs, _, _ = room[9]
     size = latent // max(scaled, 1)
     d = 0
     while d < latent:
@@ -477,9 +487,9 @@ def _pairs(c: int, a: int, b: int, latent: int, count: int, factor: int, wide: b
 
 
 @njit(cache=True, error_model="numpy")
-def _scatter(out: int, count: int, latent: int, kind: int, room: Any) -> None:
+def _scatter(out: int, state: Any, count: int, latent: int, kind: int) -> None:
     """Outputs, divided by their weights' sums, to where the values' projection reads them."""
-    _, _, _, _, _, outputs, _, sums, _, _, _, _ = room
+    outputs, sums, _ = state
     for row in range(count):
         total = splat_f32(1.0 / peek_f32(sums + 4 * row))
         for d in range(0, latent, LANES):

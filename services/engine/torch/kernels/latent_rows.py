@@ -1,9 +1,9 @@
 """What goes row by row in latent attention: KV into the pool, queries into latent space and back.
 
-A head's part of kv_b_proj is used in two products: keys [nope, latent], which carries its query into
-the space of latents, and values [latent, value], which carries its output out of it. Every element
-of a product is one chain over the words of the summed dimension (latent_tiles.py), so rows don't
-depend on each other.
+A head's part of kv_b_proj is used in two products: keys [nope, latent], which carries its query
+into the space of latents, and values [latent, value], which carries its output out of it. Every
+element of a product is one chain over the words of the summed dimension (latent_tiles.py), so rows
+don't depend on each other.
 """
 
 from __future__ import annotations
@@ -72,11 +72,12 @@ _write_arguments = unpack(len(WRITE) + 1)
 def write(arguments: int) -> None:
     """Latents normalized, keys rotated, both into the pool.
 
-    kv: row r is latent + rope values of `kind` at kv + r * kv_bytes; norm float32 [latent]; cosines,
-    sines float32 [rows, rope] as `rotate` takes them; work float32 [rows, latent + 2 * rope]. pool:
-    address of this layer in the first block; row_bytes int64 [rows]: bytes from there to the row's
-    block, negative: it is not written; row_tokens int64 [rows]: its token in the block; to_*: bytes
-    from the layer's start to the components, of kv_kind (`groups` scales a token) and rope_kind.
+    kv: row r is latent + rope values of `kind` at kv + r * kv_bytes; norm float32 [latent];
+    cosines, sines float32 [rows, rope] as `rotate` takes them; work float32 [rows, latent + 2 *
+    rope]. pool: address of this layer in the first block; row_bytes int64 [rows]: bytes from there
+    to the row's block, negative: it is not written; row_tokens int64 [rows]: its token in the
+    block; to_*: bytes from the layer's start to the components, of kv_kind (`groups` scales a
+    token) and rope_kind.
     """
     (
         _, rows, latent, rope, interleaved, kind, epsilon, kv, kv_bytes, norm, cosines, sines, work,
@@ -141,11 +142,9 @@ def rotate(
         store_f32(work + 4 * (rope + i), value)
     for i in range(0, rope, LANES):
         x = load_values(source, i, kind)
-        if interleaved:
-            partner = tiles.swap_neighbours(x)  # type: ignore[call-arg]
-        else:
-            # From the second copy, which the target does not overwrite, or the first's rest.
-            partner = load_f32(work + 4 * (i + rope // 2))
+        # Half of rope on: in the second copy, or in what the target has not overwritten yet.
+        half = load_f32(work + 4 * (i + rope // 2))
+        partner = tiles.swap_neighbours(x) if interleaved else half  # type: ignore[call-arg]
         turned = fma(partner, load_f32(sines + 4 * i), multiply(x, load_f32(cosines + 4 * i)))
         store_values(target, i, target_kind, multiply(turned, splat_f32(scale)))
 
@@ -289,7 +288,7 @@ def _linear(
 def _tile(
     c: int, a: int, a_row: int, b: int, words: int, rows: int, columns: int, kind: int
 ) -> None:
-    """c float32 [rows, columns] of 4 or 1 rows, WIDE or LANES columns."""
+    """To c float32 [rows, columns], of 4 or 1 rows, WIDE or LANES columns."""
     width = 4 * columns
     if kind == BFLOAT16:
         if columns == WIDE:

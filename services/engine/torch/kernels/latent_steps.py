@@ -19,6 +19,7 @@ from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch.kernels import formats, latent, latent_rows, rows
 from services.engine.torch.kernels.batch import Plan
 from services.engine.torch.kernels.latent_rows import HEAD_ROWS, WIDE
+from services.engine.torch.kernels.latent_tasks import deal
 from services.engine.torch.kernels.simd import LANES
 from services.engine.torch.kernels.team import Call, float_argument
 
@@ -62,9 +63,9 @@ class LatentWeights:
 
 
 def pack(shape: LatentShape, kv_b: torch.Tensor, norm: torch.Tensor) -> LatentWeights:
-    """From kv_b_proj.weight [heads * (nope + value), latent] of the engine's dtype, and the norm."""
+    """From the weight of kv_b_proj [heads * (nope + value), latent], of the engine's dtype."""
     by_head = kv_b.view(shape.heads, shape.nope + shape.value, shape.latent)
-    keys, values = by_head.split([shape.nope, shape.value], dim=1)
+    keys, values = by_head[:, : shape.nope], by_head[:, shape.nope :]
     return LatentWeights(norm.float().contiguous(), _tiled(keys), _tiled(values.transpose(1, 2)))
 
 
@@ -142,11 +143,12 @@ class LatentSteps:
         )
         self._scratch = np.zeros((threads, room), np.uint8)
         self._ticket = np.zeros(1, np.int64)
-        self._write, self._absorb, self._attend, self._project = self._calls()
+        self._write, self._absorb, self._attend, self._merge, self._project = self._calls()
+        self._set_aside(0)
         self._capacity = 0
         self._grow(64)
 
-    def _calls(self) -> tuple[Call, Call, Call, Call]:
+    def _calls(self) -> tuple[Call, Call, Call, Call, Call]:
         shape, layout = self._shape, self._layout
         kind = formats.BFLOAT16 if self._dtype == torch.bfloat16 else formats.FLOAT32
         word_kind = formats.BFLOAT16 if self._word_dtype == torch.bfloat16 else formats.FLOAT32
@@ -193,6 +195,7 @@ class LatentSteps:
             **pool,
             **scratch,
         )
+        merge = Call(latent.merge, latent.MERGE, latent=shape.latent, kind=kind, **scratch)
         project = Call(
             latent_rows.project,
             latent_rows.PROJECT,
@@ -202,7 +205,7 @@ class LatentSteps:
             kind=kind,
             **scratch,
         )
-        return write, absorb, attend, project
+        return write, absorb, attend, merge, project
 
     def _grow(self, count: int) -> None:
         """Makes room for steps of `count` rows."""
@@ -217,7 +220,15 @@ class LatentSteps:
         self._write.set(work=self._work.data_ptr())
         self._absorb.set(out=self._queries.data_ptr())
         self._attend.set(q=self._queries.data_ptr(), out=self._attended.data_ptr())
+        self._merge.set(out=self._attended.data_ptr())
         self._project.set(attended=self._attended.data_ptr(), out=self._out.data_ptr())
+
+    def _set_aside(self, count: int) -> None:
+        """Makes room for the states of `count` query rows of one segment."""
+        self._partial_rows = count
+        self._partial = np.empty(count * (self._shape.latent + 2), np.float32)
+        for call in (self._attend, self._merge):
+            call.set(partial=self._partial.ctypes.data, partial_rows=count)
 
     def begin(self, step: Plan, pool: npt.NDArray[np.uint8], room: int) -> None:
         """A step over `pool`; linear layers may read up to `room` rows of what is returned.
@@ -230,7 +241,9 @@ class LatentSteps:
         self._pool = pool.ctypes.data
         self._rows = len(step.positions)
         self._row_bytes = step.blocks * pool.strides[0]
-        self._tasks = _tasks(step, self._shape.heads)
+        self._tasks = deal(step, self._shape.heads, self._threads)
+        if self._tasks.partial_rows > self._partial_rows:
+            self._set_aside(2 * self._tasks.partial_rows)
         self._turn(step.positions)
         self._write.set(
             rows=self._rows,
@@ -239,13 +252,14 @@ class LatentSteps:
         )
         self._absorb.set(rows=self._rows)
         self._attend.set(
-            tasks=len(self._tasks),
+            tasks=len(self._tasks.attends),
             block_bytes=pool.strides[0],
             tables=step.tables.ctypes.data,
             table_width=step.tables.shape[1],
             positions=step.positions.ctypes.data,
-            task=self._tasks.ctypes.data,
+            task=self._tasks.attends.ctypes.data,
         )
+        self._merge.set(tasks=len(self._tasks.merges), task=self._tasks.merges.ctypes.data)
         self._project.set(rows=self._rows)
 
     def _turn(self, positions: npt.NDArray[np.int32]) -> None:
@@ -296,7 +310,9 @@ class LatentSteps:
         )
         self._run(self._absorb, by_head)
         self._attend.set(pool=self._pool + layer * self._layout.layer_bytes, first_key=first_key)
-        self._run(self._attend, len(self._tasks))
+        self._run(self._attend, len(self._tasks.attends))
+        if len(self._tasks.merges):
+            self._run(self._merge, len(self._tasks.merges))
         self._project.set(values=weights.values.data_ptr())
         self._run(self._project, by_head)
         return self._out
@@ -304,20 +320,3 @@ class LatentSteps:
     def _run(self, call: Call, items: int) -> None:
         self._ticket[0] = 0
         call.run(min(self._threads, items))
-
-
-def _tasks(step: Plan, heads: int) -> npt.NDArray[np.int32]:
-    """Runs of query rows of one sequence, the longest contexts first: see latent.ATTEND."""
-    sequences = step.tasks[:, 0]
-    count = len(step.tables)
-    starts = np.full(count, len(step.positions), np.int64)
-    ends = np.zeros(count, np.int64)
-    np.minimum.at(starts, sequences, step.tasks[:, 1])
-    np.maximum.at(ends, sequences, step.tasks[:, 2])
-    runs = -(-(ends - starts) * heads // latent.QUERY_ROWS)
-    of = np.repeat(np.arange(count), runs)
-    within = np.arange(len(of)) - np.repeat(np.cumsum(runs) - runs, runs)
-    first = starts[of] * heads + within * latent.QUERY_ROWS
-    end = np.minimum(first + latent.QUERY_ROWS, ends[of] * heads)
-    order = np.argsort(-step.positions[(end - 1) // heads], kind="stable")
-    return np.ascontiguousarray(np.stack([of, first, end], axis=1)[order], np.int32)

@@ -3,8 +3,8 @@
 A word is a float32, or a pair of bfloat16 along the dimension that is summed over, the first one in
 the low half. The products of a pair, and their sums, are float32. Where the machine has an
 instruction for it (AVX512-BF16's vdpbf16ps, which does two bfloat16 products a lane at the price of
-one of float32) that is used, else two multiply-adds. The instruction rounds otherwise than these, so
-machines of both sorts don't compute the same bits, and `numerics` tells them apart.
+one of float32) that is used, else two multiply-adds. The instruction takes denormal numbers for 0,
+so machines of both sorts need not compute the same bits; `numerics` tells them apart if they don't.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 -- intrinsics are generators over Numba's untyped objects.
@@ -26,7 +26,7 @@ from services.engine.torch.kernels.simd import F32_VECTOR, I32_VECTOR, LANES
 _I64 = ir.IntType(64)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -86,10 +86,10 @@ class Into(enum.Enum):
 def product(rows: int, vectors: int, into: Into, multiply: Any) -> Any:
     """An intrinsic (c, c_stride, a, a_row, a_step, b, b_step, b_next, n, factors) -> None.
 
-    c float32 [rows, 16 * vectors]; p = a [rows, n] @ b [n, 16 * vectors], words; word (r, i) of a at
-    a + r * a_row + i * a_step, the v-th sixteen words of b's row i at b + i * b_step + v * b_next;
-    all in bytes; n at least 1. Every element is one chain over n in order, so it depends on its own
-    row of a and column of b alone.
+    c float32 [rows, 16 * vectors]; p = a [rows, n] @ b [n, 16 * vectors], words; word (r, i) of a
+    at a + r * a_row + i * a_step, the v-th sixteen words of b's row i at b + i * b_step + v *
+    b_next; all in bytes; n at least 1. Every element is one chain over n in order, so it depends on
+    its own row of a and column of b alone.
     """
 
     def generate(context, builder, signature, values):
@@ -157,6 +157,7 @@ def product(rows: int, vectors: int, into: Into, multiply: Any) -> Any:
     return intrinsic(typing)
 
 
+# What a product of words is.
 floats = _floats
 pairs = _pairs_by_instruction if PAIRS_IN_HARDWARE else _pairs_by_parts
 
@@ -193,6 +194,3 @@ def swap_neighbours(typingctx, values):
         return simd.shuffle(builder, given[0], given[0], [lane ^ 1 for lane in range(LANES)])
 
     return simd.f32s(simd.f32s), generate
-
-
-store_i32 = simd._define(types.void, (types.int64, simd.i32s), simd.store)

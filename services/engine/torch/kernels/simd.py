@@ -169,6 +169,7 @@ load_u16 = _define(_i, (_a,), _widen(ir.IntType(16)))
 load_u8 = _define(_i, (_a,), _widen(ir.IntType(8)))
 load_i32 = _define(_i, (_a,), lambda b, p: load(b, p, I32_VECTOR))
 store_f32 = _define(types.void, (_a, _f), store)
+store_i32 = _define(types.void, (_a, _i), store)
 store_u16 = _define(types.void, (_a, _i), _narrow(ir.IntType(16)))
 store_u8 = _define(types.void, (_a, _i), _narrow(ir.IntType(8)))
 
