@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.engine.models.folder import resolve
 from services.engine.models.text import Detokenizer, Tokenizer
 from services.frontend import text
@@ -18,6 +20,7 @@ class FolderModel:
         self.name: str = settings.name
         self.vocabulary: int = folder.vocabulary
         self.eos_token_ids: tuple[int, ...] = folder.eos_token_ids
+        self.tokens: Sequence[bytes] = self._tokenizer.table.tokens
 
     def encode(self, asked: Input) -> list[int]:
         """See Model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from services.frontend import text
@@ -22,6 +23,10 @@ class Model(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Each ends a generation."""
+
+    @property
+    def tokens(self) -> Sequence[bytes]:
+        """The bytes of every token by id, none for control tokens."""
 
     def encode(self, asked: Input) -> list[int]:
         """Tokens of a prompt. Thread-safe. Raises InvalidRequestError for an impossible chat."""

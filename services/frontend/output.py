@@ -35,6 +35,8 @@ class Limits:
     min_tokens: int
     stop_token_ids: frozenset[int]
     max_attempts: int
+    final_token_ids: frozenset[int] = frozenset()
+    """Of these, what ends it however few tokens came before: its form is complete."""
 
 
 @dataclass(slots=True)
@@ -76,6 +78,9 @@ class Output:
         count = len(self.tokens)
         if not count:
             return None
-        if self.tokens[-1] in self.limits.stop_token_ids and count > self.limits.min_tokens:
+        limits, last = self.limits, self.tokens[-1]
+        if last in limits.stop_token_ids and count > limits.min_tokens:
+            return FinishReason.STOP
+        if last in limits.final_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if count >= self.limits.max_tokens else None

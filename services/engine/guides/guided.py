@@ -21,6 +21,9 @@ Masks = NDArray[np.uint32]
 MASK_SECONDS = 0.25
 """CPU time that a step may take for one sequence: an ambiguous grammar can take any."""
 
+PROBLEM_CHARACTERS = 400
+"""Of what the library says, which may repeat the whole guide."""
+
 # The library's defaults, but for memory: a state takes 1 to 2 kB.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
@@ -53,7 +56,8 @@ class Guided:
             problem = "" if self.failure is None else self.failure.message
         if problem:
             shown = guide.texts[0] if guide.texts else ""
-            raise InvalidRequestError(FIELDS[guide.kind], shown, " ".join(problem.split()))
+            words = " ".join(problem.split())[:PROBLEM_CHARACTERS]
+            raise InvalidRequestError(FIELDS[guide.kind], shown, words)
 
     def accept(self, tokens: Iterable[int]) -> None:
         """The sequence goes on with these; whether they are of the form the next masks() says."""
