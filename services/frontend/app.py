@@ -70,6 +70,7 @@ async def serve_model(
         finally:
             await server.stop(settings.server.drain_seconds)
             awake.stop()
+            await servicer.close()
             sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeper

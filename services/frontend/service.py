@@ -15,6 +15,7 @@ from kvtransfer.keys import block_keys, salt
 from services.engine.api import Sampling
 from services.engine.wire import FINISH, logprobs_to
 from services.frontend import validate, wire
+from services.frontend.guides import Guides
 from services.frontend.live import Cluster, Job, LiveRequest
 from services.frontend.model import Model
 from services.frontend.output import Limits
@@ -37,7 +38,10 @@ class Chance:
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """Serves one model's requests. `texts`: threads for tokenizing and hashing."""
+    """Serves one model's requests. `texts`: threads for tokenizing and hashing.
+
+    Call close() when it serves no more.
+    """
 
     def __init__(
         self,
@@ -53,7 +57,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._texts = texts
         self._chance = chance
         self._live: set[str] = set()
+        self._guides = Guides(model, settings.guide_bytes, settings.guide_seconds)
         self._tenant_regions = tenant_regions(settings.tenant_regions)
+
+    async def close(self) -> None:
+        """Ends what it has started."""
+        await self._guides.close()
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -165,6 +174,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         given = validate.check_input(asked.input, limits.vocabulary)
         validate.check_stops(asked.stop)
         sampling = validate.check_sampling(asked.sampling, limits, self._chance.seed)
+        if sampling.guide is not None:
+            await self._guides.check(sampling.guide)
         if asked.adapter:
             validate.check_adapter(asked.adapter)
             adapter = await self._cluster.coordinator.adapter(served, asked.adapter)
@@ -236,6 +247,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             min_tokens=sampling.min_tokens,
             stop_token_ids=frozenset((*ends, *sampling.stop_token_ids)),
             max_attempts=self._settings.max_attempts,
+            final_token_ids=frozenset(() if sampling.guide is None else ends),
         )
 
 

@@ -400,6 +400,12 @@ class FrontendSettings(_Section):
         "that its prompt may take.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens where the client gave none.")
+    guide_bytes: int = Field(
+        65_536, ge=1, le=2**18, description="Longest guide (a JSON schema, say) taken."
+    )
+    guide_seconds: Seconds = Field(
+        2.0, description="What compiling a guide may take before the request is refused."
+    )
     region: str = Field("", description="Label of the region that this frontend is in.")
     tenant_metadata: MetadataName = Field(
         "",
