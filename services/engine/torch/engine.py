@@ -1,4 +1,4 @@
-"""The embedded engine: a Llama-family model on this machine's CPU, stepped by Tandem."""
+"""The embedded engine: a model on this machine's CPU, stepped by Tandem."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.policy import ExportPolicy
 from services.engine.models.folder import resolve
 from services.engine.models.text import Tokenizer
-from services.engine.stepped.batch import AfterLayers, LoadedModel, StepBatch
+from services.engine.stepped.batch import AfterLayers, DraftBatch, LoadedModel, StepBatch
 from services.engine.stepped.engine import SteppedEngine
-from services.engine.torch.model import Batch, LlamaModel
+from services.engine.torch.model import Batch, DraftRows, TorchModel
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
 
 
 class TorchEngine(SteppedEngine):
-    """See api.Engine. start() raises what resolve() and LlamaModel.load() raise."""
+    """See api.Engine. start() raises what resolve() and TorchModel.load() raise."""
 
     def __init__(
         self,
@@ -31,9 +31,9 @@ class TorchEngine(SteppedEngine):
 
 
 class _Steps:
-    """A LlamaModel as a stepped.batch.Model."""
+    """A TorchModel as a stepped.batch.Model."""
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: TorchModel) -> None:
         self._model = model
 
     @property
@@ -59,14 +59,39 @@ class _Steps:
             query_starts=batch.query_starts,
             block_tables=batch.block_tables,
             logit_rows=batch.logit_rows,
+            fresh=batch.fresh,
+            hidden=batch.hidden,
+            adapters=batch.adapters,
         )
         return self._model.forward(rows, after_layers, layers_per_piece)
 
 
+class _Drafts:
+    """A TorchModel with a module of multi-token prediction, as a stepped.batch.Drafter."""
+
+    layers = 1
+
+    def __init__(self, model: TorchModel) -> None:
+        self._model = model
+
+    def draft(self, batch: DraftBatch) -> NDArray[np.float32]:
+        rows = DraftRows(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            query_starts=batch.query_starts,
+            block_tables=batch.block_tables,
+            logit_rows=batch.logit_rows,
+            hidden_rows=batch.hidden_rows,
+            deeper=batch.deeper,
+            adapters=batch.adapters,
+        )
+        return self._model.draft(rows)
+
+
 def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
-    """The model that the settings ask for. Raises what resolve() and LlamaModel.load() raise."""
+    """The model that the settings ask for. Raises what resolve() and TorchModel.load() raise."""
     folder = resolve(model)
-    llama = LlamaModel.load(
+    loaded = TorchModel.load(
         folder.path,
         dtype=engine.dtype,
         kv_dtype=engine.kv_dtype,
@@ -75,12 +100,14 @@ def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
         threads=engine.threads,
         device=engine.device,
         model_name=folder.name,
+        draft=engine.draft_tokens > 0,
     )
     return LoadedModel(
-        _Steps(llama),
+        _Steps(loaded),
         folder.name,
-        min(folder.context_tokens, llama.config.positions),
+        min(folder.context_tokens, loaded.config.positions),
         folder.vocabulary,
         folder.eos_token_ids,
+        drafter=_Drafts(loaded) if loaded.weights.draft is not None else None,
         tokens=lambda: Tokenizer(folder).table.tokens,
     )
