@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtransfer.layout import KvLayout
 from services.engine.adapters import Adapter, AdapterFiles, AdapterLimits
 from services.engine.api import ExpertMap, ExpertMove, ExpertShape
+from services.engine.stepped.rounds import Rounds
 from services.engine.stepped.scheduler import Work
 from services.engine.stepped.sequence import Sequence
 
@@ -159,6 +160,8 @@ class LoadedModel:
     adapters: Adapters | None = None
     """None: it takes none."""
     drafter: Drafter | None = None
+    rounds: Rounds | None = None
+    """None: no other rank takes part in its steps."""
     tokens: Callable[[], Seq[bytes]] | None = None
     """The bytes of every token by id, none for control tokens; reads the tokenizer. None: it has
     none, and no guide can be followed."""

@@ -68,7 +68,9 @@ class Drafting:
         return max(1, self._planned)
 
     def computed(self, batch: StepBatch, seconds: float) -> None:
-        """A step was computed, its tokens chosen, in so long."""
+        """A step was computed, its tokens chosen, in so long; all rows may be of other ranks."""
+        if not len(batch.positions):
+            return
         self.length.forward.note(len(batch.positions), seconds)
 
     def draft(

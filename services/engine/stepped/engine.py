@@ -186,6 +186,7 @@ class SteppedEngine:
             dp_ranks=loaded.dp_ranks,
             adapters=loaded.adapters,
             drafter=loaded.drafter,
+            rounds=loaded.rounds,
         )
         guides = Guides(loaded.tokens, loaded.vocabulary, loaded.eos_token_ids)
         self._guiding = Guiding(guides, self._inbox.put, self._refused)
@@ -261,6 +262,11 @@ class SteppedEngine:
             )
         check_plan(experts.shape, experts.map, plan, moves)
         experts.move(plan, moves)
+
+    def call_round(self, number: int) -> None:
+        """Another rank waits for this round: see rounds.py."""
+        self._stepper.rounds.called(number)
+        self._inbox.nudge()
 
     async def load_adapter(self, name: str, path: str) -> Adapter:
         """Takes in a LoRA adapter from below engine.adapter_folder; requests may have it then."""

@@ -40,6 +40,7 @@ from services.engine.stepped.phases import Phase
 from services.engine.stepped.prefix import Verdict, judge
 from services.engine.stepped.ranks import rank_stats
 from services.engine.stepped.rates import Rates
+from services.engine.stepped.rounds import Alone, Round, Rounds
 from services.engine.stepped.sampler import (
     Choice,
     Occurrences,
@@ -134,7 +135,9 @@ class Stepper:
         dp_ranks: int = 1,
         adapters: Adapters | None = None,
         drafter: Drafter | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
+        self.rounds = rounds or Alone()
         self._adapters = adapters
         self._dp_ranks = dp_ranks
         self._model = model
@@ -204,18 +207,30 @@ class Stepper:
             self._lease(work.sequence)
         return plan
 
-    def run(self, plan: Plan) -> None:
-        """Computes a step. If that fails, those who were in it do."""
-        if not plan.work:
-            return
+    def run(self, plan: Plan, *, leaving: bool = False) -> Round:
+        """Computes a step, together with other ranks if there are any; what they agreed on.
+
+        If it fails those who were in it do; with other ranks, who can't go on, it raises.
+        """
+        calls = 0 if self._drafting is None else self._drafting.plan(plan.work)
+        agreed = self.rounds.meet(work=bool(plan.work), draft_calls=calls, leaving=leaving)
+        if agreed.work:
+            self._run(plan, agreed.draft_calls)
+        return agreed
+
+    def _run(self, plan: Plan, draft_calls: int) -> None:
         began = self._clock()
         try:
-            gains = self._compute(plan)
+            gains = self._compute(plan, draft_calls)
         except Exception as error:
+            if self.rounds.shared:
+                raise
             log.exception("an engine step of %d sequences failed", len(plan.work))
             self.fail([w.sequence for w in plan.work], error)
         else:
             self._advance(gains)
+        if not plan.work:  # it stepped along
+            return
         # Tokens of preempted sequences count too: they are computed as prompts are.
         chunks = sum(w.count for w in plan.work if w.count > 1)
         self._rates.step(chunks, self._clock() - began)
@@ -368,12 +383,12 @@ class Stepper:
 
     # A step
 
-    def _compute(self, plan: Plan) -> list[_Gain]:
+    def _compute(self, plan: Plan, draft_calls: int) -> list[_Gain]:
         """Runs the model, samples for each Work.sample, drafts, makes finished blocks readable."""
         works, drafting = plan.work, self._drafting
         filling = Filling(self._store, works, self._own_layers)
         filling.begin()
-        batch = batch_of(works, 0 if drafting is None else drafting.plan(works))
+        batch = batch_of(works, draft_calls)
         after_layers = filling.layers_done if filling.any else None
         masks = self._masks.begin(self._guided(works))
         began = self._clock()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from services.engine.stepped.inbox import Close, Inbox
+from services.engine.stepped.rounds import REST
 from services.engine.stepped.step import Stepper, StepResult
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,8 @@ class StepThread:
     """Runs a Stepper. `post` is called on the thread with what each step brought.
 
     If the stepper breaks beyond one step, every live request fails and it goes on; if even that
-    fails the thread ends, and `died` is called with the error.
+    fails the thread ends, and `died` is called with the error. Where steps are taken with other
+    ranks, whom a broken one leaves waiting, the thread ends at once.
     """
 
     def __init__(
@@ -48,19 +50,21 @@ class StepThread:
 
     def _run(self) -> None:
         try:
-            busy = closing = False
-            while not (closing and self._stepper.idle):
-                for command in self._inbox.take(wait=not busy):
+            closing, last = False, REST
+            while not last.over:
+                leaving = closing and self._stepper.idle
+                for command in self._inbox.take(wait=not (last.work or leaving)):
                     closing = closing or isinstance(command, Close)
                     with self._doubt():
                         self._stepper.apply(command)
-                busy = False
+                busy, last = last.work, REST
                 with self._doubt():
                     plan = self._stepper.plan()
                     # Fetches begin before the model runs, not after.
                     self._tell()
-                    self._stepper.run(plan)
-                    busy = bool(plan.work)
+                    leaving = closing and self._stepper.idle
+                    if plan.work or busy or leaving or self._stepper.rounds.due:
+                        last = self._stepper.run(plan, leaving=leaving)
                 self._tell()
         except Exception as error:
             log.exception("the engine's step thread ends")
@@ -71,6 +75,8 @@ class StepThread:
         try:
             yield
         except Exception as error:
+            if self._stepper.rounds.shared:
+                raise
             log.exception("the engine's books are in doubt; every request fails")
             self._stepper.fail_all(error)
 
