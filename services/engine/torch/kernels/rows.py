@@ -275,12 +275,18 @@ def _write(source: int, kind: int, data: int, scale_at: int, width: int, kv_kind
         for i in range(0, width, LANES):
             store_u16(data + 2 * i, to_bfloat16(load_values(source, i, kind)))
     else:
-        most = splat_f32(0.0)
-        for i in range(0, width, LANES):
-            most = larger(absolute(load_values(source, i, kind)), most)
-        scale = divide(splat_f32(largest_lane(most)), splat_f32(FP8_LARGEST))
-        # A vector of zeros has scale 0, by which nothing can be divided; its codes are 0.
         zero, one = splat_f32(0.0), splat_f32(1.0)
+        most, product = zero, zero
+        for i in range(0, width, LANES):
+            value = load_values(source, i, kind)
+            most = larger(absolute(value), most)
+            product = fma(value, zero, product)
+        largest = largest_lane(most)
+        # 0 times anything that is not finite is not a number, and so is the scale then.
+        if sum_lanes(product) != 0.0:
+            largest = math.nan
+        scale = divide(splat_f32(largest), splat_f32(FP8_LARGEST))
+        # A vector of zeros has scale 0, by which nothing can be divided; its codes are 0.
         divisor = if_less(zero, scale, scale, one)
         poke_f32(scale_at, largest_lane(scale))
         for i in range(0, width, LANES):
