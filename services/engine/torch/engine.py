@@ -108,6 +108,7 @@ def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
         min(folder.context_tokens, loaded.config.positions),
         folder.vocabulary,
         folder.eos_token_ids,
+        adapters=loaded.adapters,
         drafter=_Drafts(loaded) if loaded.weights.draft is not None else None,
         tokens=lambda: Tokenizer(folder).table.tokens,
     )

@@ -26,6 +26,7 @@ from services.engine.torch.kernels.linear import can_pack
 from services.engine.torch.kernels.moe_steps import ExpertSteps
 from services.engine.torch.kernels.steps import Steps
 from services.engine.torch.linears import Linears, Projection
+from services.engine.torch.lora import LoraAdapters
 from services.engine.torch.loading import ExpertPlaces, load_weights
 from services.engine.torch.moe import ExpertCompute, MixtureOfExperts
 from services.engine.torch.numerics import Rules
@@ -77,6 +78,9 @@ class TorchModel:
                 rules = numerics.choose_rules(weights.shapes, dtype)
             log.info("batch-invariant with %s", rules)
         self.linear = Linears(rules)
+        self.adapters = LoraAdapters(
+            weights.projections, dtype, packed=can_pack(), batch_invariant=batch_invariant
+        )
         moe = config.moe
         widest = max(config.intermediate, moe.shared if moe else 0)
         self._steps = Steps(config.hidden, widest, config.norm_epsilon, dtype, threads)
@@ -211,6 +215,7 @@ class TorchModel:
         step = plan(batch, limits, self.config.group)
         # A row's logits may be wanted twice: so these may be more than the step's rows.
         room = self.linear.room(max(len(step.positions), len(step.logit_rows)))
+        self.linear.begin(self.adapters.rows(batch.adapters, step.sequences))
         self._steps.begin(step, room)
         self._attention.begin(step, self._pool, room)
         return step
