@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from services.runtime.client import Ask, Turn
+from cli.output import UsageError
+from services.runtime.client import Ask, Form, Turn
 from services.runtime.load import CONFIG_VARIABLE, Given, load, parse_flag
 from services.runtime.server import EVERYWHERE
 from services.runtime.settings import CoordinatorProcess, FrontendProcess
@@ -69,6 +70,7 @@ def ask(
     model_name: str | None,
     stop: Sequence[str],
     adapter: str | None = None,
+    answer_form: Form | None = None,
     **sampling: float | int | None,
 ) -> Ask:
     """A request: a chat, or the prompt as it is where `turns` is None."""
@@ -79,7 +81,36 @@ def ask(
         sampling={name: value for name, value in sampling.items() if value is not None},
         stop=stop,
         adapter=adapter or "",
+        form=answer_form,
     )
+
+
+def form(
+    json_schema: Path | None,
+    grammar: Path | None,
+    regex: str | None,
+    choices: Sequence[str],
+    json_object: bool,
+) -> Form | None:
+    """What the answer must look like, if anything was asked for. Raises UsageError."""
+    found = [
+        *([Form("json_schema", (_text("--json-schema", json_schema),))] if json_schema else []),
+        *([Form("grammar", (_text("--grammar", grammar),))] if grammar else []),
+        *([Form("regex", (regex,))] if regex is not None else []),
+        *([Form("choice", choices)] if choices else []),
+        *([Form("json_object")] if json_object else []),
+    ]
+    if len(found) > 1:
+        kinds = " and ".join(f"--{one.kind.replace('_', '-')}" for one in found)
+        raise UsageError(f"{kinds}: an answer can be held to one form")
+    return found[0] if found else None
+
+
+def _text(flag: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag}: {file} can't be read: {error}") from error
 
 
 def config(file: Path | None, environment: Mapping[str, str]) -> Path | None:

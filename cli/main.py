@@ -292,6 +292,21 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
     stop: Annotated[list[str], typer.Option(help="End before this text.")] = [],  # noqa: B006
     adapter: Adapter = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="The answer is JSON that the schema in this file allows.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The answer is matched by this regular expression.")
+    ] = None,
+    choice: Annotated[
+        list[str], typer.Option(help="The answer is one of these; may be repeated.")
+    ] = [],  # noqa: B006
+    grammar: Annotated[
+        Path | None, typer.Option(help="The answer follows the Lark grammar in this file.")
+    ] = None,
+    json_object: Annotated[
+        bool, typer.Option("--json-object", help="The answer is a JSON object.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
     stats: Stats = False,
     config: Config = None,
@@ -300,6 +315,8 @@ def generate(
 
     \b
     tandem generate "What is the capital of Japan?" --temperature 0
+    tandem generate "Is the sea salty?" --choice yes --choice no
+    tandem generate "Japan's capital, as JSON" --json-schema city.json
     tandem generate --raw "Once upon a time" -n 64 --seed 7 --stats
     cat question.txt | tandem generate -
     """  # noqa: D301 - click's mark for lines to keep
@@ -313,6 +330,7 @@ def generate(
             model,
             stop,
             adapter,
+            flags.form(json_schema, grammar, regex, choice, json_object),
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,

@@ -52,6 +52,14 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What an answer must look like: `kind` as in Guide of generation.proto, and its texts."""
+
+    kind: str
+    texts: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """A request. Exactly one of `chat` and `prompt`; sampling left out takes the server's defaults.
 
@@ -65,6 +73,7 @@ class Ask:
     stop: Sequence[str] = ()
     adapter: str = ""
     """LoRA adapter, by name or id."""
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +347,7 @@ def _request(ask: Ask) -> inference_pb2.GenerateRequest:
         ask.model,
         ask.adapter,
         *ask.stop,
+        *(() if ask.form is None else ask.form.texts),
         *(turn.content for turn in ask.chat),
     ):
         try:
@@ -350,6 +360,8 @@ def _request(ask: Ask) -> inference_pb2.GenerateRequest:
         stop=ask.stop,
         sampling=_sampling(ask.sampling),
     )
+    if ask.form is not None:
+        request.sampling.guide.CopyFrom(_guide(ask.form))
     if ask.chat:
         turns: Iterable[inference_pb2.ChatMessage] = (
             inference_pb2.ChatMessage(role=t.role, content=t.content) for t in ask.chat
@@ -358,6 +370,18 @@ def _request(ask: Ask) -> inference_pb2.GenerateRequest:
     else:
         request.prompt = ask.prompt
     return request
+
+
+def _guide(form: Form) -> generation_pb2.Guide:
+    match form.kind:
+        case "choice":
+            return generation_pb2.Guide(choice=generation_pb2.Choice(texts=form.texts))
+        case "json_object":
+            return generation_pb2.Guide(json_object=generation_pb2.JsonObject())
+        case kind:
+            guide = generation_pb2.Guide()
+            setattr(guide, kind, form.texts[0])
+            return guide
 
 
 def _sampling(fields: dict[str, float | int | bool]) -> generation_pb2.SamplingParams:
