@@ -197,6 +197,8 @@ class Scheduler:
             if sequence.phase is Phase.RUNNING and left > 0:
                 work.append(self._work(sequence, left))
                 left -= work[-1].rows
+        if admitted:
+            self._make_room_for_drafts()
         return Plan(tuple(work), tuple(admitted), tuple(fetches), tuple(preempted))
 
     def advance(self, plan: Plan) -> None:
