@@ -30,6 +30,7 @@ from services.engine.torch.lora import LoraAdapters
 from services.engine.torch.loading import ExpertPlaces, load_weights
 from services.engine.torch.moe import ExpertCompute, MixtureOfExperts
 from services.engine.torch.numerics import Rules
+from services.engine.torch.proven import Proven
 from services.engine.torch.shapes import GroupedShape
 from services.engine.torch.weights import DenseWeights, Layer, ModelWeights, MoeWeights
 
@@ -75,7 +76,7 @@ class TorchModel:
         rules = Rules({})
         if batch_invariant:
             with torch.inference_mode():
-                rules = numerics.choose_rules(weights.shapes, dtype)
+                rules = numerics.choose_rules(weights.shapes, dtype, Proven.here(threads, dtype))
             log.info("batch-invariant with %s", rules)
         self.linear = Linears(rules)
         self.adapters = LoraAdapters(
@@ -302,8 +303,10 @@ class TorchModel:
 
         Others cost a few milliseconds when they come first.
         """
-        for count in (*numerics.probe_counts(WARM_BATCH), *WARM_CHUNKS):
-            self._fixed_step(count)
+        self._fixed_step(1)
+        with torch.inference_mode():
+            counts = (*numerics.probe_counts(WARM_BATCH), *WARM_CHUNKS)
+            self.linear.prepare(self.weights.shapes, counts, self._dtype)
 
     def _fixed_step(self, rows: int = DIGEST_ROWS) -> list[Logits]:
         """Logits of a prompt that is always the same, in a pool of its own; drafts' beside them."""

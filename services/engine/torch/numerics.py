@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from services.engine.models.errors import NotInvariantError
+from services.engine.torch.proven import Proven
 
 
 class Rows(Protocol):
@@ -119,9 +120,26 @@ def probe_input(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(random.standard_normal((rows, width), np.float32)).to(dtype)
 
 
-def choose_rules(linears: Iterable[Rows], dtype: torch.dtype) -> Rules:
-    """Makes layers of these shapes invariant. Raises NotInvariantError."""
-    return Rules({(x.inputs, x.outputs): choose_rule(x, dtype) for x in linears})
+def choose_rules(
+    linears: Iterable[Rows], dtype: torch.dtype, proven: Proven | None = None
+) -> Rules:
+    """Makes layers of these shapes invariant. Raises NotInvariantError.
+
+    proven: what probes have found here before; what is not in it is probed, and put there.
+    """
+    rules: dict[tuple[int, int], RowRule] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for linear in linears:
+        name = f"{linear.inputs}x{linear.outputs}, {linear.most_rows} rows"
+        kept = proven.get(name, 3) if proven is not None else None
+        rule = None if kept is None else RowRule(*kept)
+        if rule not in RULES:
+            rule = choose_rule(linear, dtype)
+            found[name] = (rule.least, rule.multiple, rule.tile)
+        rules[linear.inputs, linear.outputs] = rule
+    if proven is not None:
+        proven.put(found)
+    return Rules(rules)
 
 
 def choose_rule(linear: Rows, dtype: torch.dtype) -> RowRule:

@@ -49,5 +49,6 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 # Numba reads this when a function is decorated: so it is set before any kernel module is imported.
+FOLDER = cache_folder(os.environ)
 _numba: Any = config
-_numba.CACHE_DIR = str(cache_folder(os.environ))
+_numba.CACHE_DIR = str(FOLDER)
