@@ -58,7 +58,7 @@ class Model:
 class SimStepper(Stepper):
     """Chooses tokens that can be checked."""
 
-    def _choose(self, sequence, _logits, _best):
+    def _choose(self, sequence, _allowed, _logits, _best):
         return Choice(self._next(sequence), None)
 
     def fail(self, sequences, error):

@@ -439,7 +439,7 @@ class Stepper:
         reason, fault = None, None
         for row, draft in enumerate((*work.drafts, None)):
             allowed = None if masks is None else masks[row]
-            choice = choose(self._row(sequence, (), allowed), logits[row], int(best[row]))
+            choice = self._choose(sequence, allowed, logits[row], int(best[row]))
             if choice is None:
                 reason, fault = FinishReason.ERROR, self._no_choice(sequence)
                 break
@@ -455,6 +455,11 @@ class Stepper:
             self._drafted += len(work.drafts)
             self._accepted += max(0, len(choices) - 1)
         return _Gain(sequence, tuple(choices), reason, fault)
+
+    def _choose(
+        self, sequence: Sequence, allowed: Masks | None, logits: NDArray[np.float32], best: int
+    ) -> Choice | None:
+        return choose(self._row(sequence, (), allowed), logits, best)
 
     def _follow(self, sequence: Sequence, token: int) -> None:
         guided = self._live[sequence.serial].guided
