@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.engine.torch.fields import Found, expect, flag, number, unsupported, vectors, whole
+from services.engine.torch.kernels.latent_steps import LEAST_LATENT
 from services.engine.torch.shapes import FeedForwards, GroupedShape, MlaShape, MoeShape
 
 # The kernels work on vectors of sixteen, and rotate heads by halves.
@@ -90,7 +91,8 @@ def _mla(found: Found) -> MlaShape:
         interleaved=flag(found, "rope_interleave", default=True),
         bias=flag(found, "attention_bias"),
     )
-    for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+    vectors("kv_lora_rank", shape.latent, VECTOR, LEAST_LATENT)
+    for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         vectors(key, whole(found, key), VECTOR)
     if rank is not None:
         vectors("q_lora_rank", rank, VECTOR)
