@@ -26,8 +26,8 @@ from services.engine.torch.kernels.linear import can_pack
 from services.engine.torch.kernels.moe_steps import ExpertSteps
 from services.engine.torch.kernels.steps import Steps
 from services.engine.torch.linears import Linears, Projection
-from services.engine.torch.lora import LoraAdapters
 from services.engine.torch.loading import ExpertPlaces, load_weights
+from services.engine.torch.lora import LoraAdapters
 from services.engine.torch.moe import ExpertCompute, MixtureOfExperts
 from services.engine.torch.numerics import Rules
 from services.engine.torch.proven import Proven
@@ -116,15 +116,19 @@ class TorchModel:
         draft: bool = False,
         places: ExpertPlaces | None = None,
         compute: Callable[[ModelConfig, ModelWeights], ExpertCompute] | None = None,
+        int4: bool = False,
     ) -> TorchModel:
         """Reads a Hugging Face folder. threads 0: every core this process may use.
 
         draft: with the module of multi-token prediction, if the folder has one. places: which
         experts to read (all), for `compute`, which makes what applies them (here, by places).
+        int4: quantize linear layers (bfloat16, without batch invariance only).
         Raises UnsupportedModelError, NotInvariantError; ValueError for another device than cpu.
         """
         if device != "cpu":
             raise ValueError(f"device {device!r} is not supported by this engine; expected 'cpu'")
+        if int4 and (batch_invariant or dtype != "bfloat16"):
+            raise ValueError("int4 needs bfloat16, and can't be batch-invariant")
         config = ModelConfig.from_folder(folder)
         threads = threads or _cores()
         torch.set_num_threads(threads)
@@ -232,7 +236,7 @@ class TorchModel:
             attended = self._attend(index, layer, delta, count)
             self._tell(index, after_layers, piece)
             if index == last and not hidden:
-                count = self._steps.pick(self._steps.state, attended)
+                count = self._pick(step, self._steps.state, attended)
             delta = self._feed(layer, attended, count)
         if not count:
             return self._none()
@@ -276,9 +280,14 @@ class TorchModel:
         if not count:
             return self._none()
         if not picked:
-            self._steps.pick(x)
+            self._pick(step, x)
         found: Logits = self.linear(head, x, count)[:count].float().numpy()
         return found
+
+    def _pick(self, step: Plan, *buffers: torch.Tensor) -> int:
+        """Rows whose logits are wanted come to the buffers' start and go on alone: how many."""
+        self.linear.pick(step.logit_rows)
+        return self._steps.pick(*buffers)
 
     def _none(self) -> Logits:
         return np.empty((0, self.config.vocabulary), np.float32)
