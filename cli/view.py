@@ -48,7 +48,13 @@ def cluster(status: Status) -> RenderableType:
         row = (_plain(cell) for cell in _row(worker))
         table.add_row(*row, style="yellow" if _state(worker) else "")
     remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
-    more = (*transports(status), *tiers(status), *adapters(status), summary(status))
+    more = (
+        *transports(status),
+        *tiers(status),
+        *adapters(status),
+        *drafts(status),
+        summary(status),
+    )
     lines = [_plain(line, "dim") for line in more]
     return Group(table, *(_plain(remark, "yellow") for remark in remarks), *lines)
 
@@ -109,6 +115,16 @@ def adapters(status: Status) -> list[str]:
     return [
         f"LoRA adapter {name[: name.find('@') + 1 + SHOWN_DIGITS]}: {', '.join(who)}"
         for name, who in sorted(having.items())
+    ]
+
+
+def drafts(status: Status) -> list[str]:
+    """A line for each worker that drafts: what comes of it."""
+    return [
+        f"{w.worker_id} drafts: {1 + w.accepted_tokens / max(1, w.decode_steps):.2f} tokens a step "
+        f"and request, {w.accepted_tokens / w.draft_tokens:.0%} of {w.draft_tokens} accepted"
+        for w in status.workers
+        if w.draft_tokens
     ]
 
 

@@ -226,6 +226,9 @@ def stats_from(stats: pb.WorkerStats) -> m.WorkerStats:
         adapters=_adapters_from(stats.adapters),
         expert_tokens=tuple(stats.expert_tokens),
         expert_map=_map_from(stats.expert_map) if stats.HasField("expert_map") else None,
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
+        decode_steps=stats.decode_steps,
     )
 
 
@@ -496,6 +499,9 @@ def _worker_to(worker: Worker, core: Core, now: float) -> pb.WorkerStatus:
             kv_tiers=cast("tuple[pb.KvTier, ...]", stats.kv_tiers),
             ranks=[pb.RankStats(**asdict(rank)) for rank in stats.ranks],
             adapters=stats.adapters,
+            draft_tokens=stats.draft_tokens,
+            accepted_tokens=stats.accepted_tokens,
+            decode_steps=stats.decode_steps,
         ),
         draining=worker.standing is Standing.DRAINING,
         avoided=worker.avoided,

@@ -247,6 +247,9 @@ def stats_to(stats: EngineStats) -> coordinator_pb2.WorkerStats:
         adapters=stats.adapters,
         expert_tokens=stats.expert_tokens,
         expert_map=None if stats.expert_map is None else _map_to(stats.expert_map),
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
+        decode_steps=stats.decode_steps,
     )
 
 

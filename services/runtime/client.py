@@ -157,6 +157,9 @@ class Worker:
     """Why it gets only what nobody else can take; empty: it is not avoided."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters that it takes requests with, as name@digest."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -446,6 +449,9 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
         leases=stats.leases,
         finished=stats.finished,
         step_seconds=stats.step_seconds,
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
+        decode_steps=stats.decode_steps,
         kv_bytes=dict(stats.kv_bytes),
         kv_refused=stats.kv_refused,
         leases_expired=stats.leases_expired,

@@ -154,6 +154,9 @@ class WorkerStats:
     adapters: tuple[str, ...] = ()
     expert_tokens: tuple[int, ...] = ()
     expert_map: ExpertMap | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    decode_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

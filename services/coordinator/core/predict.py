@@ -3,7 +3,8 @@
 A prompt takes the tokens before it and its own uncached ones over its worker's measured rate, times
 what the attention of its length costs (fits.py), times how late the worker was with its last first
 tokens. A step takes what a batch of that size and KV takes the workers of its kind, times what the
-worker's steps take against that. All of it learns from heartbeats and from reported TTFTs; what
+worker's steps take against that; where drafts are accepted a step brings several tokens, and it is
+the time for one that is meant. All of it learns from heartbeats and from reported TTFTs; what
 nobody has measured is 0, and nothing is refused for it.
 
 A kind: workers whose figures may stand for each other's, one model, KV layout and role.
@@ -34,6 +35,8 @@ OPTIMISM = 2.0
 """How much faster than measured all may turn out to be before a refusal was wrong. Rates differ by
 that much from one minute to the next; who is refused at once has no second chance."""
 MAX_RETRY_SECONDS = 30.0
+MOST_STEP_TOKENS = 9.0
+"""Of one request: engine.draft_tokens and one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,20 @@ class _Worker:
     """Of its last report; 0: not measured."""
     steps: float = 0.0
     """Factor; 0 before the first report of a step."""
+    step_tokens: float = 1.0
+    """What a step brings a request: more than one where drafts are accepted."""
+    _decode_steps: int = 0
+    _accepted: int = 0
+
+    def count(self, stats: WorkerStats) -> None:
+        """Follows what steps bring, by the counters of each report."""
+        steps = stats.decode_steps - self._decode_steps
+        if steps > 0:
+            each = 1.0 + max(0, stats.accepted_tokens - self._accepted) / steps
+            each = min(each, MOST_STEP_TOKENS)
+            self.step_tokens += FACTOR_MEMORY * (each - self.step_tokens)
+        self._decode_steps, self._accepted = stats.decode_steps, stats.accepted_tokens
+
     ttft: float = 0.0
     """The same, of first tokens against what was predicted for it."""
     prompts: float = 0.0
@@ -134,6 +151,7 @@ class Predictor:
         worker.of.rates.replace(worker.rate, stats.prefill_tokens_per_second)
         worker.rate = stats.prefill_tokens_per_second
         worker.step_seconds = stats.step_seconds
+        worker.count(stats)
         worker.sink.report(stats.kv_rates)
         if stats.step_seconds > 0 and stats.running > 0:
             self._step(worker, info, stats, now)
@@ -211,7 +229,10 @@ class Predictor:
         )
 
     def step_cost(self, worker_id: str) -> StepCost | None:
-        """What a step takes a worker; None if nobody of its kind has reported one."""
+        """What a step takes a worker, for each token it brings a request.
+
+        None if nobody of its kind has reported one.
+        """
         worker = self._workers.get(worker_id)
         cost = worker.of.steps.cost if worker else None
         if worker is None or cost is None:
@@ -240,15 +261,16 @@ class Predictor:
 
     def _step(self, worker: _Worker, info: WorkerInfo, stats: WorkerStats, now: float) -> None:
         known = worker.of.steps.cost
+        seconds = stats.step_seconds / worker.step_tokens
         ranks = [(r.running, r.kv_tokens) for r in rank_stats(info, stats)]
         requests, kv_tokens = max(ranks, key=lambda r: known.seconds(*r)) if known else max(ranks)
         if known is not None:
             expected = known.seconds(requests, kv_tokens)
             if expected > 0:
-                worker.steps = _moved(worker.steps, stats.step_seconds / expected)
-        worker.of.steps.add(requests, kv_tokens, stats.step_seconds, now)
+                worker.steps = _moved(worker.steps, seconds / expected)
+        worker.of.steps.add(requests, kv_tokens, seconds, now)
         if max(ranks)[0] == 1:
-            worker.of.alone.add(1, stats.step_seconds, now)
+            worker.of.alone.add(1, seconds, now)
 
 
 def unattainable(

@@ -88,6 +88,13 @@ def test_which_transports_are_offered_were_used_and_why():
     ]
 
 
+def test_what_comes_of_drafts_is_told():
+    drafting = worker("decode-0", draft_tokens=200, accepted_tokens=150, decode_steps=100)
+    assert view.drafts(status(worker("prefill-0"), drafting)) == [
+        "decode-0-a1b2c3 drafts: 2.50 tokens a step and request, 75% of 200 accepted"
+    ]
+
+
 def test_workers_that_offer_others_are_named():
     lines = view.transports(status(worker("prefill-0"), worker("decode-0", kv_transports=("tcp",))))
     assert lines == [

@@ -67,6 +67,30 @@ def busy(predictor, name="w", times=1.0, reports=300, at=0.0, seed=1):
     return now
 
 
+def test_a_step_that_brings_several_tokens_counts_for_each():
+    """The same steps with drafts accepted: tokens come so much faster, and a prompt no sooner."""
+    plain, drafting = Predictor(), Predictor()
+    for report in range(1, 300):
+        load = stats(1 + report % 40, 1600, true_step(1 + report % 40, 1600), 1000.0)
+        more = replace(
+            load, draft_tokens=20 * report, accepted_tokens=8 * report, decode_steps=10 * report
+        )
+        plain.heard(info(), KIND, load, 0.1 * report)
+        drafting.heard(info(), KIND, more, 0.1 * report)
+    itl = plain.itl_seconds("w", [(10, 1600)], 0, 100)
+    assert drafting.itl_seconds("w", [(10, 1600)], 0, 100) == pytest.approx(itl / 1.8, rel=0.05)
+    prompt = Prompt("w", 0, 1)
+    assert drafting.prompt_seconds(prompt) == plain.prompt_seconds(prompt)
+
+
+def test_counters_that_start_again_are_no_news():
+    predictor = Predictor()
+    for accepted, steps in ((10**9, 1), (5, 10), (5, 10), (10, 20)):
+        load = stats(4, 160, 0.02, accepted_tokens=accepted, decode_steps=steps)
+        predictor.heard(info(), KIND, load, 1.0)
+    assert 0.02 / 9 <= predictor.itl_seconds("w", [(3, 160)], 0, 0) <= 0.021
+
+
 # Prompts
 
 
