@@ -50,10 +50,10 @@ class StepThread:
 
     def _run(self) -> None:
         try:
-            closing, last = False, REST
+            closing, last, rounds = False, REST, self._stepper.rounds
             while not last.over:
                 leaving = closing and self._stepper.idle
-                for command in self._inbox.take(wait=not (last.work or leaving)):
+                for command in self._inbox.take(wait=not (last.work or leaving or rounds.due)):
                     closing = closing or isinstance(command, Close)
                     with self._doubt():
                         self._stepper.apply(command)
@@ -63,7 +63,7 @@ class StepThread:
                     # Fetches begin before the model runs, not after.
                     self._tell()
                     leaving = closing and self._stepper.idle
-                    if plan.work or busy or leaving or self._stepper.rounds.due:
+                    if plan.work or busy or leaving or rounds.due:
                         last = self._stepper.run(plan, leaving=leaving)
                 self._tell()
         except Exception as error:

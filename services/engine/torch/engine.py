@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from kvtransfer.layout import KvLayout
 from kvtransfer.policy import ExportPolicy
+from services.engine.group.part import Part
 from services.engine.models.folder import resolve
 from services.engine.models.text import Tokenizer
 from services.engine.stepped.batch import AfterLayers, DraftBatch, LoadedModel, StepBatch
 from services.engine.stepped.engine import SteppedEngine
 from services.engine.torch.model import Batch, DraftRows, TorchModel
+from services.engine.torch.parallel.share import share_of
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
 
 
@@ -26,8 +28,10 @@ class TorchEngine(SteppedEngine):
         *,
         host: str,
         policy: ExportPolicy | None = None,
+        part: Part | None = None,
     ) -> None:
-        super().__init__(lambda: load(model, engine), engine, kv, host=host, policy=policy)
+        """part: it is one rank of several."""
+        super().__init__(lambda: load(model, engine, part), engine, kv, host=host, policy=policy)
 
 
 class _Steps:
@@ -88,9 +92,10 @@ class _Drafts:
         return self._model.draft(rows)
 
 
-def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
+def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None) -> LoadedModel:
     """The model that the settings ask for. Raises what resolve() and TorchModel.load() raise."""
     folder = resolve(model)
+    share = share_of(part, folder.path, engine)
     loaded = TorchModel.load(
         folder.path,
         dtype=engine.dtype,
@@ -101,13 +106,19 @@ def load(model: ModelSettings, engine: EngineSettings) -> LoadedModel:
         device=engine.device,
         model_name=folder.name,
         draft=engine.draft_tokens > 0,
+        places=None if share is None else share.places,
+        compute=None if share is None else share.compute,
     )
+    if share is not None:
+        share.experts.counts = lambda: loaded.expert_tokens
     return LoadedModel(
         _Steps(loaded),
         folder.name,
         min(folder.context_tokens, loaded.config.positions),
         folder.vocabulary,
         folder.eos_token_ids,
+        experts=None if share is None else share.experts,
+        rounds=None if share is None else share.rounds,
         adapters=loaded.adapters,
         drafter=_Drafts(loaded) if loaded.weights.draft is not None else None,
         tokens=lambda: Tokenizer(folder).table.tokens,
