@@ -35,6 +35,9 @@ ATTEMPTS_REMEMBERED = 1 << 16
 frees capacity with the worker's next report instead of at once."""
 
 
+_FOR_WANT_OF_A_WORKER = {m.Reason.NO_WORKERS, m.Reason.UNKNOWN_ADAPTER}
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """Where an attempt was placed."""
@@ -49,6 +52,14 @@ class Attempt:
     """What its tenant was charged for it."""
     forecast: Forecast
     """Of its first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """Decode workers that a model lost: when the last one went, and what the largest could hold."""
+
+    at: float
+    capacity: int
 
 
 class Desk:
@@ -80,8 +91,8 @@ class Desk:
         self._started = now
         self._settled = False
         self._models_seen: set[str] = set()
-        self._bereft: dict[str, float] = {}
-        """Models that lost a decode worker lately, and when: it may come back."""
+        self._bereft: dict[str, _Lost] = {}
+        """Models that lost decode workers lately, which may come back."""
 
     @property
     def settled(self) -> bool:
@@ -149,8 +160,8 @@ class Desk:
             self._refuse_late(entry, now)
         if not self._settled and now - self._started >= self._rules.lease_seconds:
             self._settled = self.recheck = True
-        for model, since in list(self._bereft.items()):
-            if now - since >= self._rules.worker_wait_seconds:
+        for model, lost in list(self._bereft.items()):
+            if now - lost.at >= self._rules.worker_wait_seconds:
                 del self._bereft[model]
                 self.recheck = True
         if self.recheck and self._settled:
@@ -167,7 +178,9 @@ class Desk:
         """A worker gets no more requests; another may take its place soon."""
         self.recheck = True
         if worker.info.role.decodes:
-            self._bereft[worker.info.model] = now
+            before = self._bereft.get(worker.info.model)
+            largest = max(worker.capacity, 0 if before is None else before.capacity)
+            self._bereft[worker.info.model] = _Lost(now, largest)
 
     def serve(self, model: str, now: float, *, by: Worker | None = None) -> None:
         """Room may have appeared; `by`: on this worker alone, so others need not be looked at."""
@@ -184,7 +197,9 @@ class Desk:
 
     def _decide(self, entry: Waiting, now: float) -> Outcome:
         outcome = self._decide_settled(entry, now)
-        if isinstance(outcome, m.Refusal) and (not self._settled or self._may_pass(outcome, now)):
+        if isinstance(outcome, m.Refusal) and (
+            not self._settled or self._may_pass(entry.request, outcome, now)
+        ):
             # Those who could serve it may be about to register.
             outcome = Blocked(outcome.message, everyone=False)
         if isinstance(outcome, Blocked):
@@ -214,13 +229,20 @@ class Desk:
         left = entry.deadline - now
         return unattainable(wait, entry.request.ttft_seconds, 0.0, left, 1.0)
 
-    def _may_pass(self, refused: m.Refusal, now: float) -> bool:
+    def _may_pass(self, want: m.PlaceRequest, refused: m.Refusal, now: float) -> bool:
         """Whether a refusal is for want of a worker that was here a moment ago."""
-        if refused.reason not in (m.Reason.NO_WORKERS, m.Reason.UNKNOWN_ADAPTER):
+        too_long = refused.metadata.get("field") == "context_tokens"
+        if refused.reason not in _FOR_WANT_OF_A_WORKER and not too_long:
             return False
-        model = refused.metadata.get("model", "")
-        since = [at for name, at in self._bereft.items() if model in ("", name)]
-        return any(now - at < self._rules.worker_wait_seconds for at in since)
+        patience = self._rules.worker_wait_seconds
+        lost = [
+            lost
+            for name, lost in self._bereft.items()
+            if want.model in ("", name) and now - lost.at < patience
+        ]
+        if too_long:
+            return any(want.context_tokens < some.capacity for some in lost)
+        return bool(lost)
 
     def _with_service_level(self, want: m.PlaceRequest) -> m.PlaceRequest:
         """The cluster's own where the request asks for none.
@@ -367,7 +389,7 @@ class Desk:
             for entry in list(self.queue.lane(lane)):
                 found = self._pools_for(entry.request)
                 refused = found if isinstance(found, m.Refusal) else refusal(*found)
-                if refused is not None and not self._may_pass(refused, now):
+                if refused is not None and not self._may_pass(entry.request, refused, now):
                     self.queue.remove(entry.ticket)
                     if refused.reason in (m.Reason.NO_WORKERS, m.Reason.UNKNOWN_ADAPTER):
                         words = f"{refused.message}; waited {now - entry.since:.1f} s for one"

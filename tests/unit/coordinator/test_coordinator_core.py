@@ -227,6 +227,20 @@ class TestRefusals:
         }
         cluster.place(most)
 
+    def test_one_for_a_larger_worker_that_may_come_back(self, make_cluster):
+        cluster = make_cluster(wait=5.0)
+        cluster.worker("decode-0", context_tokens=1000)
+        cluster.worker("decode-1", context_tokens=4096)
+        cluster.do(m.StreamLost(cluster.streams["decode-1"]))
+        assert cluster.refuse(5000).reason is R.INVALID_REQUEST
+        served, given_up = cluster.ask(2000), cluster.ask(2000)
+        assert not {served, given_up} & cluster.answers.keys()
+        cluster.worker("decode-1", context_tokens=4096, max_running=1)
+        assert cluster.placement(served).decode.worker_id == "decode-1"
+        cluster.do(m.StreamLost(cluster.streams["decode-1"]))
+        cluster.wait(6, beat=["decode-0"])
+        assert cluster.answers[given_up].refusal.reason is R.INVALID_REQUEST
+
     def test_too_late_already(self, cluster):
         cluster.worker("decode-0")
         assert cluster.refuse(timeout=0.0).reason is R.DEADLINE
