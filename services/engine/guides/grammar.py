@@ -47,7 +47,7 @@ def grammar_of(guide: Guide) -> str:
         case GuideKind.REGEX:
             return _lark(f"start: /{_slashes_escaped(guide.texts[0])}/")
         case GuideKind.CHOICE:
-            return _lark("start: CHOICE\nCHOICE: " + " | ".join(map(_literal, guide.texts)))
+            return _lark(f"start: /{'|'.join(map(_literal, guide.texts))}/")
 
 
 def check_size(guide: Guide) -> None:
@@ -95,4 +95,5 @@ def _slashes_escaped(expression: str) -> str:
 
 
 def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """As a regular expression: letters and digits as they are, all else by its code point."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):X}}}" for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -23,6 +24,8 @@ MASK_SECONDS = 0.25
 
 PROBLEM_CHARACTERS = 400
 """Of what the library says, which may repeat the whole guide."""
+
+_QUOTED = re.compile(r"\s*(\d+ \||\^+\s*$)")
 
 # The library's defaults, but for memory: a state takes 1 to 2 kB.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
@@ -56,8 +59,7 @@ class Guided:
             problem = "" if self.failure is None else self.failure.message
         if problem:
             shown = guide.texts[0] if guide.texts else ""
-            words = " ".join(problem.split())[:PROBLEM_CHARACTERS]
-            raise InvalidRequestError(FIELDS[guide.kind], shown, words)
+            raise InvalidRequestError(FIELDS[guide.kind], shown, _words(problem))
 
     def accept(self, tokens: Iterable[int]) -> None:
         """The sequence goes on with these; whether they are of the form the next masks() says."""
@@ -118,3 +120,9 @@ class Guided:
 
     def _compiled(self) -> LLMatcher:
         return LLMatcher(self._vocabulary.tokenizer, self._grammar, log_level=0, limits=_LIMITS)
+
+
+def _words(problem: str) -> str:
+    """What the library says, on one line, without the grammar that it quotes."""
+    lines = (line for line in problem.splitlines() if not _QUOTED.match(line))
+    return " ".join(" ".join(lines).split())[:PROBLEM_CHARACTERS]
