@@ -1,0 +1,1 @@
+"""What trains the models that Tandem ships. Nothing that serves imports it."""
