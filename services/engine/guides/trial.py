@@ -41,8 +41,7 @@ class Trial:
 
     def check(self, guide: Guide) -> None:
         """Raises InvalidRequestError for a guide that can't be enforced."""
-        pipe = self._pipe or self._start()
-        pipe.send(guide)
+        pipe = self._asked(guide)
         field, shown = FIELDS[guide.kind], guide.texts[0] if guide.texts else ""
         if not pipe.poll(self._seconds):
             self.close()
@@ -50,7 +49,7 @@ class Trial:
             raise InvalidRequestError(field, shown, allowed)
         try:
             refusal = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.close()
             allowed = "it took too much memory to compile; make it simpler"
             raise InvalidRequestError(field, shown, allowed) from None
@@ -65,6 +64,17 @@ class Trial:
         if process is not None:
             process.kill()
             process.wait()
+
+    def _asked(self, guide: Guide) -> Connection:
+        """Whose answer is waited for. A process that was ended meanwhile is no guide's fault."""
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.send(guide)
+                return self._pipe
+            self.close()
+        pipe = self._start()
+        pipe.send(guide)
+        return pipe
 
     def _start(self) -> Connection:
         ours, theirs = Pipe()
