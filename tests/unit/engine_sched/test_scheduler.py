@@ -53,7 +53,10 @@ class Pool:
 class Engine:
     """The least that makes a scheduler go: computes by saying so, samples by hashing."""
 
-    def __init__(self, blocks: int, chunk: int, running: int) -> None:
+    def __init__(
+        self, blocks: int, chunk: int, running: int, draft_tokens: int | None = None
+    ) -> None:
+        self.draft_tokens = draft_tokens
         self.pool = Pool(blocks)
         self.chunk, self.running = chunk, running
         self.scheduler = Scheduler(
@@ -62,6 +65,7 @@ class Engine:
             chunk_tokens=chunk,
             max_running=running,
             judge=lambda sequence, prefix, tokens: self.patience,
+            draft_tokens=draft_tokens,
         )
         self.patience: float | None = 1.0
         """What the judge says of every prefix."""
@@ -113,11 +117,45 @@ class Engine:
             s = work.sequence
             if not work.sample:
                 continue
-            s.append([hash(tuple(s.tokens)) % 3])
+            self.sample(work)
             if s.role is Role.PREFILL or s.outputs >= s.request.sampling.max_tokens:
                 self.end(s)
+        if self.draft_tokens is not None:
+            for work in plan.work:
+                self.draft(work)
         self.steps += 1
         return plan
+
+    def sample(self, work):
+        """A token, and one after each draft that is right."""
+        s = work.sequence
+        s.append([next_token(s.tokens)])
+        for draft in work.drafts:
+            if draft != s.tokens[-1] or s.outputs >= s.request.sampling.max_tokens:
+                break
+            s.computed += 1
+            s.append([next_token(s.tokens)])
+        for i in range(work.end // BLOCK_TOKENS, s.computed // BLOCK_TOKENS):
+            assert self.pool.books.references(s.blocks[i]) == 1
+            self.pool.seal(s.blocks[i], s.chain.keys[i])
+
+    def draft(self, work):
+        """The draft layer's slots, as far as there are hidden states and blocks; then drafts."""
+        s = work.sequence
+        if not s.blocks:
+            return
+        assert s.drafted > work.first or s.drafted == 0, "a hidden state is missing"
+        room = len(s.blocks) * BLOCK_TOKENS
+        s.drafted = min(s.computed + 1, len(s.tokens), room)
+        assert s.drafted >= s.computed, "a slot was left out"
+        if work.sample and s.drafted == len(s.tokens):
+            tokens = list(s.tokens)
+            for _ in range(self.draft_tokens):
+                wrong = hash((*tokens, "draft")) % 4 == 0
+                tokens.append(next_token(tokens) + wrong)
+                if len(tokens) > room:
+                    break
+            s.drafts = tuple(tokens[len(s.tokens) :])
 
     def check_plan(self, plan, before, starving):
         ones = [w for w in plan.work if w.count == 1]
@@ -126,11 +164,19 @@ class Engine:
         assert sum(w.count for w in plan.work) <= max(
             self.chunk, len(ones) + max(1, self.chunk // 4)
         )
+        # A hidden state may have to be computed beside the least share.
+        rows = sum(w.rows for w in ones) + max(1, self.chunk // 4)
+        assert sum(w.rows for w in plan.work) <= max(self.chunk, rows) + len(plan.work)
         assert len({w.sequence.serial for w in plan.work}) == len(plan.work)
         for w in plan.work:
             assert w.sequence.phase is Phase.RUNNING
             assert w.start == w.sequence.computed
-            assert w.end <= len(w.sequence.tokens) <= len(w.sequence.blocks) * BLOCK_TOKENS
+            room = len(w.sequence.blocks) * BLOCK_TOKENS
+            assert w.end <= len(w.sequence.tokens) <= len(w.sequence.tokens) + len(w.drafts) <= room
+            assert w.drafts == w.sequence.drafts[: len(w.drafts)]
+            assert not w.drafts or w.sample
+            missing = 0 < w.start >= w.sequence.drafted
+            assert w.refresh == (self.draft_tokens is not None and missing)
             assert w.sample == (w.end == len(w.sequence.tokens) and not w.sequence.held_back)
         # Who can decode and was not preempted or starved does: with no preemption and blocks
         # left over, everybody.
@@ -178,10 +224,19 @@ class Engine:
                 assert other is s or not set(written) & set(other.blocks), "shared and writable"
 
 
+def next_token(tokens):
+    return hash(tuple(tokens)) % 3
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(blocks=st.integers(6, 14), chunk=st.integers(1, 20), running=st.integers(1, 6))
-    def begin(self, blocks, chunk, running):
-        self.engine = Engine(blocks, chunk, running)
+    @initialize(
+        blocks=st.integers(6, 14),
+        chunk=st.integers(1, 20),
+        running=st.integers(1, 6),
+        drafts=st.sampled_from([None, 0, 1, 5]),
+    )
+    def begin(self, blocks, chunk, running, drafts):
+        self.engine = Engine(blocks, chunk, running, drafts)
         self.capacity = blocks * BLOCK_TOKENS
 
     def fitting(self, prompt, tokens):
