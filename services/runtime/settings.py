@@ -108,6 +108,11 @@ class EngineSettings(_Section):
     kind: Literal["torch", "scripted"] = Field("torch", description="Which engine.")
     device: str = Field("cpu", description="Device it computes on; today cpu.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Weights, activations.")
+    weights: Literal["dtype", "int4"] = Field(
+        "dtype",
+        description="Weights of linear layers; int4: quantized in groups of 32, for few requests "
+        "at a time. Needs batch_invariant=false, dtype=bfloat16 and a model without experts.",
+    )
     kv_dtype: Literal["fp8_e4m3", "bfloat16", "float32"] = Field(
         "fp8_e4m3", description="KV blocks; fp8 has one float32 scale a token and head."
     )

@@ -14,6 +14,7 @@ from services.engine.stepped.batch import AfterLayers, DraftBatch, LoadedModel, 
 from services.engine.stepped.engine import SteppedEngine
 from services.engine.torch.model import Batch, DraftRows, TorchModel
 from services.engine.torch.parallel.share import share_of
+from services.runtime.load import SettingsError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
 
 
@@ -95,6 +96,13 @@ class _Drafts:
 def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None) -> LoadedModel:
     """The model that the settings ask for. Raises what resolve() and TorchModel.load() raise."""
     folder = resolve(model)
+    int4 = engine.weights == "int4"
+    if int4 and (engine.batch_invariant or engine.dtype != "bfloat16"):
+        raise SettingsError(
+            "engine.weights: int4 needs engine.dtype=bfloat16 and engine.batch_invariant=false: "
+            "its products round differently with the number of rows, so requests can't be resumed with "
+            "exactly the same tokens"
+        )
     share = share_of(part, folder.path, engine)
     loaded = TorchModel.load(
         folder.path,
@@ -106,6 +114,7 @@ def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None)
         device=engine.device,
         model_name=folder.name,
         draft=engine.draft_tokens > 0,
+        int4=int4,
         places=None if share is None else share.places,
         compute=None if share is None else share.compute,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch.config import ModelConfig
 from services.engine.torch.kernels import experts, latent_steps, route
+from services.engine.torch.kernels.int4 import Int4Linear
 from services.engine.torch.kernels.linear import Linear
 from services.engine.torch.kernels.moe_steps import ExpertWeights, RouterWeights
 from services.engine.torch.linears import Projection
@@ -28,6 +32,8 @@ from services.engine.torch.weights import (
 # Rows that the head computes at once, at most: probing it with many would take long.
 HEAD_ROWS = 64
 
+T = TypeVar("T")
+
 ExpertPlaces = Sequence[Sequence[int]]
 """By layer with experts, that of multi-token prediction last: the expert in each place here."""
 
@@ -40,41 +46,81 @@ def load_weights(
     packed: bool,
     draft: bool = False,
     places: ExpertPlaces | None = None,
+    threads: int = 1,
+    int4: bool = False,
 ) -> ModelWeights:
     """Reads, converts, joins and lays out everything. Raises UnsupportedModelError.
 
+    Layers are read by so many threads at once, which also is how a disk gives most. What is stored
+    as it is used (the embedding; where nothing can be packed, all) stays mapped: processes on a
+    host share it.
     draft: with the module of multi-token prediction, if the folder has it; places: which experts,
-    None: all of them.
+    None: all of them; int4: quantize linear layers, but not the head.
     """
-    reader = _Reader(TensorFiles(folder, config.fp8_block), config, dtype, packed)
+    reader = _Reader(TensorFiles(folder, config.fp8_block), config, dtype, packed, int4)
     wide = config.vocabulary, config.hidden
-    # Copies, so that nothing refers to the mapped files when all is read.
-    embedding = reader.files.get("model.embed_tokens.weight", *wide).to(dtype, copy=True)
+    embedding = reader.files.get("model.embed_tokens.weight", *wide).to(dtype)
     head = reader.head("lm_head", None if not config.tied_embeddings else embedding)
-    layers = tuple(reader.layer(i, sparse) for i, sparse in enumerate(config.sparse))
-    drafting = reader.draft(embedding, head) if draft else None
+    with _Threads(threads) as pool:
+        layers = tuple(pool.map(reader.layer, range(config.layers), config.sparse))
+        drafting = reader.draft(embedding, head) if draft else None
+        experts = list(pool.map(reader.experts, *reader.sparse(places)))
     return ModelWeights(
         embedding=embedding,
         layers=layers,
         norm=reader.norm("model.norm", config.hidden),
         head=head,
         draft=drafting,
-        experts=reader.experts(places),
+        experts=experts,
     )
 
 
+class _Threads:
+    """Threads that each compute alone, as they read."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(self, call: Callable[..., T], *arguments: Iterable[Any]) -> Iterator[T]:
+        """In order. The first error is raised."""
+
+        def quiet(*given: Any) -> T:
+            with torch.inference_mode():  # which each thread has to say
+                return call(*given)
+
+        return self._pool.map(quiet, *arguments)
+
+
 class _Reader:
-    """Turns tensors into layers."""
+    """Turns tensors into layers. Several threads may call layer() and experts()."""
 
     def __init__(
-        self, files: TensorFiles, config: ModelConfig, dtype: torch.dtype, packed: bool
+        self,
+        files: TensorFiles,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        packed: bool,
+        int4: bool,
     ) -> None:
         self.files = files
         self._config = config
         self._dtype = dtype
         self._packed = packed
-        self._sparse: list[str] = []
-        """Prefixes of feed-forward parts with experts."""
+        self._linear = Int4Linear if int4 else Linear
+        if int4 and config.moe is not None:
+            raise UnsupportedModelError(
+                "engine.weights=int4 is for models without experts: theirs are not quantized"
+            )
+        self._sparse = [
+            f"model.layers.{i}.mlp." for i, sparse in enumerate(config.sparse) if sparse
+        ]
+        """Prefixes of parts with experts; that of multi-token prediction joins last."""
 
     def norm(self, name: str, width: int) -> torch.Tensor:
         return self.files.get(f"{name}.weight", width).to(torch.float32, copy=True)
@@ -90,7 +136,7 @@ class _Reader:
                 self.files.get(f"{name}.bias", n) if name in biased else torch.zeros(n)
                 for name, n in parts.items()
             ]).to(self._dtype)  # fmt: skip
-        linear = Linear(torch.cat(weight), offset, packed=self._packed)
+        linear = self._linear(torch.cat(weight), offset, packed=self._packed)
         return Projection(linear, tuple(parts.items()))
 
     def _matrix(self, name: str, outputs: int, inputs: int) -> torch.Tensor:
@@ -100,8 +146,7 @@ class _Reader:
         """A head of its own, or of a weight that is there."""
         if weight is None:
             weight = self._matrix(name, self._config.vocabulary, self._config.hidden)
-        own = weight.clone()
-        linear = Linear(own, None, packed=self._packed, most_rows=HEAD_ROWS)
+        linear = Linear(weight, None, packed=self._packed, most_rows=HEAD_ROWS)
         return Projection(linear, ((name, self._config.vocabulary),))
 
     def layer(self, index: int, sparse: bool) -> Layer:
@@ -190,9 +235,10 @@ class _Reader:
         shared = None
         if shape.shared:
             shared = self._dense(f"{prefix}{shape.shared_name}.", shape.shared)
-        self._sparse.append(prefix)
+        if prefix not in self._sparse:
+            self._sparse.append(prefix)
         router = RouterWeights(route.pack(weight, gate), bias)
-        return MoeWeights(len(self._sparse) - 1, router, shared)
+        return MoeWeights(self._sparse.index(prefix), router, shared)
 
     def draft(self, embedding: torch.Tensor, head: Projection) -> DraftWeights | None:
         """None if the folder has none."""
@@ -221,19 +267,21 @@ class _Reader:
             head=head,
         )
 
-    def experts(self, places: ExpertPlaces | None) -> list[ExpertWeights]:
-        """Of the layers read so far that have any."""
+    def sparse(self, places: ExpertPlaces | None) -> tuple[list[str], ExpertPlaces]:
+        """Of the layers read so far that have experts: their prefixes, and which to read."""
         shape = self._config.moe
         if shape is None:
-            return []
+            return [], []
         if places is None:
             places = [range(shape.experts)] * len(self._sparse)
-        return [
-            self._experts(prefix, shape, here)
-            for prefix, here in zip(self._sparse, places, strict=True)
-        ]
+        if len(places) != len(self._sparse):
+            raise ValueError(f"places of {len(places)} layers, expected {len(self._sparse)}")
+        return self._sparse, places
 
-    def _experts(self, prefix: str, shape: MoeShape, here: Sequence[int]) -> ExpertWeights:
+    def experts(self, prefix: str, here: Sequence[int]) -> ExpertWeights:
+        """Experts of one layer."""
+        shape = self._config.moe
+        assert shape is not None, "sparse() names none without"
         gate_up: torch.Tensor | None = None
         down: torch.Tensor | None = None
         for place, expert in enumerate(here):

@@ -134,7 +134,14 @@ class TorchModel:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             weights = load_weights(
-                folder, config, DTYPES[dtype], packed=can_pack(), draft=draft, places=places
+                folder,
+                config,
+                DTYPES[dtype],
+                packed=can_pack(),
+                draft=draft,
+                places=places,
+                threads=threads,
+                int4=int4,
             )
         layers = config.layers + (weights.draft is not None)
         return cls(
