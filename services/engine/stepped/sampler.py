@@ -225,7 +225,8 @@ def _nucleus(weights: Floats, ids: Ids | None, top_p: float) -> Ids:
     count = min(int(np.searchsorted(running, target, side="left")) + 1, len(band))
     least = band[count - 1] if count else bound
     level = int(np.count_nonzero(band[:count] == least))
-    kept = found[(values > least) | (np.cumsum(values == least) <= level) & (values == least)]
+    at = values == least
+    kept: Ids = found[(values > least) | at & (np.cumsum(at) <= level)]
     return kept if ids is None else ids[kept]
 
 

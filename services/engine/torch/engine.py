@@ -100,8 +100,8 @@ def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None)
     if int4 and (engine.batch_invariant or engine.dtype != "bfloat16"):
         raise SettingsError(
             "engine.weights: int4 needs engine.dtype=bfloat16 and engine.batch_invariant=false: "
-            "its products round differently with the number of rows, so requests can't be resumed with "
-            "exactly the same tokens"
+            "its products round differently with the number of rows, so requests can't be resumed "
+            "with exactly the same tokens"
         )
     share = share_of(part, folder.path, engine)
     loaded = TorchModel.load(
