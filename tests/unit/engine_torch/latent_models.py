@@ -56,13 +56,13 @@ class Layer:
     LAYER = 1
 
     def __init__(self, given, kv_dtype="fp8_e4m3", dtype=torch.bfloat16, *, block_tokens=8,
-                 lengths=(40,), threads=1, seed=0, first_key=0):  # fmt: skip
+                 lengths=(40,), threads=1, seed=0):  # fmt: skip
         random = torch.Generator().manual_seed(seed)
 
         def normal(*size):
             return torch.randn(*size, generator=random)
 
-        self.shape, self.dtype, self.first_key = given, dtype, first_key
+        self.shape, self.dtype = given, dtype
         self.layout = layout_of(given, kv_dtype, block_tokens)
         self.cosines, self.sines = tables(given.rope)
         self.steps = LatentSteps(given, self.layout, dtype, threads, self.cosines, self.sines)
@@ -82,7 +82,6 @@ class Layer:
                     kv=(size * normal(length, given.latent + given.rope)).to(dtype),
                     q=normal(length, given.heads * (given.nope + given.rope)).to(dtype),
                     table=blocks[:count],
-                    done=first_key,
                 )
             )
             blocks = blocks[count:]
@@ -90,7 +89,7 @@ class Layer:
     def restart(self):
         self.pool[:] = FILL
         for sequence in self.sequences:
-            sequence.done = self.first_key
+            sequence.done = 0
 
     def step(self, counts, unwritten=0):
         """The next counts[i] rows of sequence i, 0 for none; their outputs, float64, one by one.
@@ -120,7 +119,7 @@ class Layer:
         self.steps.begin(plan(batch, limits, 1), self.pool, len(kv))
         self.steps.write(self.LAYER, joined[:, q.shape[1] :], self.weights)
         part = joined[:, : q.shape[1]]
-        out = self.steps.attend(self.LAYER, part, self.weights, self.first_key)
+        out = self.steps.attend(self.LAYER, part, self.weights)
         found = out[: len(kv)].double().numpy()
         for sequence, count in chosen:
             sequence.done += count
@@ -172,13 +171,9 @@ class Layer:
     def reference(self, sequence):
         """Outputs of all its rows up to `done`, over the pool, in the expanded form, float64."""
         latent, rope = self.keys(sequence)
-        given, rows = self.shape, np.arange(self.first_key, sequence.done)
+        given, rows = self.shape, np.arange(sequence.done)
         weights = self.kv_b.double().numpy().reshape(given.heads, -1, given.latent)
-        seen = np.arange(sequence.done)
-        visible = (seen[None] <= rows[:, None]) & (seen >= self.first_key)
-        latent, rope = np.where(seen[:, None] < self.first_key, 0.0, latent), np.where(
-            seen[:, None] < self.first_key, 0.0, rope
-        )  # fmt: skip
+        visible = rows[None] <= rows[:, None]
         queries = sequence.q[rows].double().numpy().reshape(len(rows), given.heads, -1)
         outputs = []
         for head in range(given.heads):

@@ -42,11 +42,10 @@ def close(found, expected, dtype):
     dtype=st.sampled_from(DTYPES),
     block_tokens=st.integers(1, 70),
     rows=st.integers(2, 150),
-    first_key=st.integers(0, 1),
     threads=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_computes_attention(given_shape, kv_dtype, dtype, block_tokens, rows, first_key, threads):
+def test_computes_attention(given_shape, kv_dtype, dtype, block_tokens, rows, threads):
     layer = Layer(
         given_shape,
         kv_dtype,
@@ -54,9 +53,8 @@ def test_computes_attention(given_shape, kv_dtype, dtype, block_tokens, rows, fi
         block_tokens=block_tokens,
         lengths=(rows,),
         threads=threads,
-        first_key=first_key,
     )
-    (found,) = layer.step([rows - first_key])
+    (found,) = layer.step([rows])
     assert close(found, layer.reference(layer.sequences[0]), dtype)
 
 
@@ -119,23 +117,15 @@ def test_decode_over_segments_equals_prefill(kv_dtype):
     assert close(expected, chunked.reference(chunked.sequences[0]), torch.bfloat16)
 
 
-@pytest.mark.parametrize("first_key", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_no_row_may_see_makes_no_difference(dtype, first_key):
-    """The pool is full of what is not a number: below first_key, and beyond the last row."""
-    layer = Layer(shape(), "bfloat16", dtype, lengths=(30,), first_key=first_key)
+def test_what_no_row_may_see_makes_no_difference(dtype):
+    """The pool is full of what is not a number, beyond the last row too."""
+    layer = Layer(shape(), "bfloat16", dtype, lengths=(30,))
     (found,) = layer.step([11])
     assert np.isfinite(found).all()
     layer.restart()
     layer.pool[:] = 0
     assert np.array_equal(layer.step([11])[0], found)
-
-
-def test_rows_must_stand_where_keys_are():
-    layer = Layer(shape())
-    layer.first_key = 1
-    with pytest.raises(ValueError, match="positions"):
-        layer.step([4])
 
 
 @pytest.mark.parametrize("given_shape", [shape(), shape(3, 256, 48), shape(2, 80, 32)])

@@ -75,7 +75,6 @@ ATTEND = (
     "latent",
     "rope",
     "groups",
-    "first_key",
     "kind",
     "kv_kind",
     "rope_kind",
@@ -168,16 +167,15 @@ def attend(arguments: int) -> None:
     a pool of float32. pool: address of this layer in the first block; block_bytes from block to
     block; to_*: bytes from the layer's start to the components, of kv_kind (with `groups` scales a
     token) and rope_kind; tables int32 [sequences, table_width]: blocks; positions int32 [rows],
-    rising by one within a sequence, none below first_key, nor are keys looked at below it, which is
-    less than KEYS. task int32 [tasks, 5]: sequence; first and end query row (row * heads + head),
-    at most QUERY_ROWS; segment, or -1 for all of them; where the segment's state goes in `partial`,
-    a state (see `_state`) of partial_rows rows, that `merge` makes out of. scratch: scratch_bytes
-    for each thread; ticket: address of a zero, to share it out by.
+    rising by one within a sequence. task int32 [tasks, 5]: sequence; first and end query row (row *
+    heads + head), at most QUERY_ROWS; segment, or -1 for all of them; where the segment's state
+    goes in `partial`, a state (see `_state`) of partial_rows rows, that `merge` makes out of.
+    scratch: scratch_bytes for each thread; ticket: address of a zero, to share it out by.
     """
     (
-        _, tasks, heads, latent, rope, groups, first_key, kind, kv_kind, rope_kind, word_kind, q,
-        out, pool, block_bytes, block_tokens, to_latent, to_scale, to_rope, tables, table_width,
-        positions, task, partial, partial_rows, scratch, scratch_size, ticket,
+        _, tasks, heads, latent, rope, groups, kind, kv_kind, rope_kind, word_kind, q, out, pool,
+        block_bytes, block_tokens, to_latent, to_scale, to_rope, tables, table_width, positions,
+        task, partial, partial_rows, scratch, scratch_size, ticket,
     ) = _attend_arguments(arguments)  # fmt: skip
     mine = scratch + scratch_size * fetch_add(ticket, 1)
     # Scales multiply scores and weights of pairs; float32 has them multiplied in already.
@@ -207,14 +205,14 @@ def attend(arguments: int) -> None:
             count = min(KEYS, context - tile)
             full = -(-count // KEYS_AT_ONCE) * KEYS_AT_ONCE
             widen(
-                table, tile, first_key, count, pool, block_bytes, block_tokens, to_latent, to_scale,
+                table, tile, count, pool, block_bytes, block_tokens, to_latent, to_scale,
                 to_rope, latent, rope, groups, kv_kind, rope_kind, word_kind, room[0], room[1],
                 room[5],
             )  # fmt: skip
             _score(rows, full, latent, words, scaled, word_kind, room)
-            masked = tile < first_key or tile + full > least
+            masked = tile + full > least
             for row in range(0, rows, LANES):
-                _soften(row, tile, first_key, full, masked, scaled, word_kind, room)
+                _soften(row, tile, full, masked, scaled, word_kind, room)
             _add_values(end - first, full, latent, words, scaled, word_kind, room)
             if tile + KEYS >= stop or (tile + KEYS) % SEGMENT == 0:
                 _merge(whole, 0, state, 0, end - first, latent)
@@ -378,7 +376,7 @@ def _product_of_scores(
 
 @njit(cache=True, error_model="numpy")
 def _soften(
-    row: int, tile: int, first_key: int, count: int, masked: bool, scaled: int, word_kind: int,
+    row: int, tile: int, count: int, masked: bool, scaled: int, word_kind: int,
     room: Any,
 ) -> None:  # fmt: skip
     """Sixteen rows' scores of the tile's first `count` keys into weights.
@@ -392,7 +390,7 @@ def _soften(
     if masked:
         limit = load_i32(limits + 4 * row)
         for key in range(count):
-            place = splat_i32(tile + key if tile + key >= first_key else 0x7FFFFFFF)
+            place = splat_i32(tile + key)
             score = load_f32(scores + width * key)
             store_f32(
                 scores + width * key, if_less_i32(limit, place, splat_f32(MINUS_INFINITY), score)

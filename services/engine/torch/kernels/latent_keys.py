@@ -48,7 +48,7 @@ KEYS = 64
 
 @njit(cache=True, error_model="numpy")
 def widen(
-    table: int, tile: int, first_key: int, count: int, pool: int, block_bytes: int,
+    table: int, tile: int, count: int, pool: int, block_bytes: int,
     block_tokens: int, to_latent: int, to_scale: int, to_rope: int, latent: int, rope: int,
     groups: int, kv_kind: int, rope_kind: int, word_kind: int, keys: int, values: int, scales: int,
 ) -> None:  # fmt: skip
@@ -56,13 +56,12 @@ def widen(
 
     To keys [count, words], scales float32 [groups, KEYS], values [count / 2, latent]. tile: its
     first position; table: of the sequence; the rest as in latent.attend.
-    Places below first_key and, up to a multiple of KEYS_AT_ONCE, beyond the count hold what a
-    neighbour holds: no row looks at them, but what is read there must be a number.
+    Places beyond the count, up to a multiple of KEYS_AT_ONCE, repeat the last key: no row looks at
+    them, but what is read there must be a number.
     """
     words = (latent + rope) * SIZES[word_kind] // 4
-    place = max(tile, first_key)
-    index = place // block_tokens
-    token = place % block_tokens
+    index = tile // block_tokens
+    token = tile % block_tokens
     layer = pool + block_bytes * peek_i32(table + 4 * index)
     for key in range(-(-count // KEYS_AT_ONCE) * KEYS_AT_ONCE):
         target = keys + 4 * key * words
@@ -88,7 +87,7 @@ def widen(
                     store_f32(target + 4 * i, load_values(data, i, kv_kind))
             for i in range(0, rope, LANES):
                 store_f32(target + 4 * (latent + i), load_values(rotated, i, rope_kind))
-        if place <= tile + key < tile + count - 1:
+        if key < count - 1:
             token += 1
             if token == block_tokens:
                 token = 0

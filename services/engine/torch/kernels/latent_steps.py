@@ -237,6 +237,7 @@ class LatentSteps:
         """
         if room > self._capacity:
             self._grow(max(room, 2 * self._capacity))
+        # Kernels hold addresses of its arrays.
         self._step = step
         self._pool = pool.ctypes.data
         self._rows = len(step.positions)
@@ -292,16 +293,11 @@ class LatentSteps:
         )
         self._write.run(min(self._threads, -(-self._rows // rows.TAKE)))
 
-    def attend(
-        self, layer: int, q: torch.Tensor, weights: LatentWeights, first_key: int = 0
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, weights: LatentWeights) -> torch.Tensor:
         """Attention over the pool: [room, heads * value] of the engine's dtype, reused every call.
 
-        q [rows or more, heads * (nope + rope)]; rows may be apart, as in write(). Positions below
-        first_key have no KV: nobody looks at them, and no row may stand there (ValueError).
+        q [rows or more, heads * (nope + rope)]; rows may be apart, as in write().
         """
-        if first_key and int(self._step.positions.min()) < first_key:
-            raise ValueError(f"positions: expected {first_key} at least, where keys begin")
         by_head = self._shape.heads * -(-self._rows // HEAD_ROWS)
         self._absorb.set(
             q=q.data_ptr(),
@@ -309,7 +305,7 @@ class LatentSteps:
             keys=weights.keys.data_ptr(),
         )
         self._run(self._absorb, by_head)
-        self._attend.set(pool=self._pool + layer * self._layout.layer_bytes, first_key=first_key)
+        self._attend.set(pool=self._pool + layer * self._layout.layer_bytes)
         self._run(self._attend, len(self._tasks.attends))
         if len(self._tasks.merges):
             self._run(self._merge, len(self._tasks.merges))
