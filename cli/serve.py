@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from services.runtime import log, process
+from services.runtime import log, milestones, process
 from services.runtime.errors import StatusError
 from services.runtime.load import Given, SettingsError, load
 from services.runtime.server import ListenError
@@ -42,10 +42,13 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
     settings, _ = load(PROCESSES[role], file, os.environ, flags)
     name = getattr(getattr(settings, "worker", None), "name", "") or role
     log.configure(settings.log, name)  # type: ignore[attr-defined]
+    milestones.reached(milestones.PROCESS)
     serve = _server_of(role)
+    milestones.reached(milestones.SERVICES)
 
     def ready(address: str) -> None:
         logging.getLogger(__name__).info("ready at %s", address)
+        milestones.reached(milestones.READY)
         if parent.ready_fd is not None:
             process.notify_ready(parent.ready_fd, address)
 

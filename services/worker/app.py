@@ -20,6 +20,7 @@ from services.engine.identity import WorkerIdentity
 from services.engine.regions import export_policy
 from services.engine.registration import Registration
 from services.prefill.service import PrefillServicer
+from services.runtime import milestones
 from services.runtime.channels import Channels
 from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
@@ -74,6 +75,7 @@ async def serve(
     engine = build(
         settings.model, settings.engine, kv, settings.server.host, settings.worker.region
     )
+    milestones.reached(milestones.ENGINE)
     await engine.start()
     try:
         await _serve_engine(role, engine, settings, ready, stop)

@@ -60,6 +60,7 @@ from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.engine.stepped.step import Load, Stepper, StepResult
 from services.engine.stepped.thread import StepThread
+from services.runtime import milestones
 from services.runtime.errors import (
     DuplicateRequestError,
     EngineFailedError,
@@ -618,6 +619,7 @@ class SteppedEngine:
         window = context_window(loaded.context_tokens, self._settings, store)
         loaded.model.bind(store.memory)
         loaded.model.warm_up()
+        milestones.reached(milestones.WARM)
         self._adapters.load_first()
         self._open_tiers(store, loaded.model.numerics)
         return loaded, store, window

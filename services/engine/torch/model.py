@@ -33,6 +33,7 @@ from services.engine.torch.numerics import Rules
 from services.engine.torch.proven import Proven
 from services.engine.torch.shapes import GroupedShape
 from services.engine.torch.weights import DenseWeights, Layer, ModelWeights, MoeWeights
+from services.runtime import milestones
 
 __all__ = ["Batch", "DraftRows", "TorchModel"]
 
@@ -78,10 +79,9 @@ class TorchModel:
             with torch.inference_mode():
                 rules = numerics.choose_rules(weights.shapes, dtype, Proven.here(threads, dtype))
             log.info("batch-invariant with %s", rules)
+        milestones.reached(milestones.RULES)
         self.linear = Linears(rules)
-        self.adapters = LoraAdapters(
-            weights.projections, dtype, packed=can_pack(), batch_invariant=batch_invariant
-        )
+        self.adapters = LoraAdapters(weights.projections, dtype, threads)
         moe = config.moe
         widest = max(config.intermediate, moe.shared if moe else 0)
         self._steps = Steps(config.hidden, widest, config.norm_epsilon, dtype, threads)
@@ -100,6 +100,7 @@ class TorchModel:
         self.numerics = ""
         if batch_invariant:
             self.numerics = numerics.digest(self._fixed_step())
+            milestones.reached(milestones.TRIED)
 
     @classmethod
     def load(
@@ -143,6 +144,7 @@ class TorchModel:
                 threads=threads,
                 int4=int4,
             )
+        milestones.reached(milestones.WEIGHTS)
         layers = config.layers + (weights.draft is not None)
         return cls(
             config,
