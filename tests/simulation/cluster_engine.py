@@ -9,6 +9,7 @@ sequence must hold the KV of that sequence and of nothing else.
 from __future__ import annotations
 
 import itertools
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,8 @@ from services.runtime.errors import (
 from tests.simulation.cluster_net import Stream
 
 BLOCK = 16
-LAYOUT = gqa_layout("m", layers=1, kv_heads=1, head_dim=8, dtype="bfloat16", block_tokens=BLOCK)
+LAYOUT = gqa_layout("m", layers=2, kv_heads=1, head_dim=8, dtype="bfloat16", block_tokens=BLOCK)
+"""The model's layer, and one that drafts. A block is offered as one piece."""
 BLOCK_SECONDS = 0.0005
 """For one block to be read and verified."""
 KV_STALL_SECONDS = 2.0
@@ -45,18 +47,40 @@ def token_after(seed, position, before):
 
 
 class Model:
-    """Writes KV at once."""
+    """Writes KV at once, and so does its draft layer."""
 
     layout = LAYOUT
+    layers = 1
 
     def forward(self, batch, after_layers, _layers_per_piece):
         if after_layers is not None:
             after_layers(0, 1)
         return np.zeros((len(batch.logit_rows), 1), np.float32)
 
+    def draft(self, batch):
+        """As many rows as were asked for; what they say is no matter."""
+        return np.zeros((len(batch.logit_rows), 1), np.float32)
+
 
 class SimStepper(Stepper):
-    """Chooses tokens that can be checked."""
+    """Chooses tokens that can be checked, and drafts that are right three times of four."""
+
+    def _gains(self, works, *more):
+        for work in works:
+            if work.sample:
+                self._check_blocks(work.sequence)
+        return super()._gains(works, *more)
+
+    def _check_blocks(self, sequence):
+        keys, pool = sequence.chain.keys, self._store._pool
+        for block, key in zip(sequence.blocks, keys, strict=False):
+            assert pool.references(block) > 0, f"block {block} is in use and not held"
+            assert pool.key(block) == key, f"block {block} holds the KV of something else"
+
+    def _draft(self, sequence, drafts, _logits):
+        seed, at = sequence.request.sampling.seed, len(sequence.tokens) + len(drafts)
+        token = token_after(seed, at, (*sequence.tokens[-1:], *drafts)[-1])
+        return token if token % 4 else token + 1
 
     def _choose(self, sequence, _allowed, _logits, _best):
         return Choice(self._next(sequence), None)
@@ -66,10 +90,6 @@ class SimStepper(Stepper):
         raise error
 
     def _next(self, sequence):
-        keys, pool = sequence.chain.keys, self._store._pool
-        for block, key in zip(sequence.blocks, keys, strict=False):
-            assert pool.references(block) > 0, f"block {block} is in use and not held"
-            assert pool.key(block) == key, f"block {block} holds the KV of something else"
         tokens = sequence.tokens
         return token_after(sequence.request.sampling.seed, len(tokens), tokens[-1])
 
@@ -142,22 +162,28 @@ class Engine:
         self.store = KvStore(
             LAYOUT,
             shape.blocks,
-            layers_per_piece=1,
+            layers_per_piece=LAYOUT.layers,
             scratch_bytes=0,
             clock=lambda: net.now,
             nonce=NONCE,
         )
         self.limits = Limits(shape.blocks * BLOCK, frozenset())
         self._began: list[float] = []
+        model = Model()
         self.stepper = SimStepper(
-            Model(),
+            model,
             self.store,
-            SimpleNamespace(chunk_tokens=shape.chunk_tokens, max_running=shape.max_running),
+            SimpleNamespace(
+                chunk_tokens=shape.chunk_tokens,
+                max_running=shape.max_running,
+                draft_tokens=random.Random(f"{net.seed} {process.name}").choice([0, 1, 3]),
+            ),
             self.limits,
             recompute_max_tokens=shape.recompute_max_tokens,
             bandwidth=Bandwidth(),
             clock=self._clock,
             dp_ranks=shape.dp_ranks,
+            drafter=model,
         )
         self.frozen_until = 0.0
         self.slowness = 1.0
@@ -279,9 +305,11 @@ class Engine:
         scheduler = self.stepper._scheduler
         assert len(scheduler.admitted) <= self.shape.max_running, "more runs than may"
         self._began = [began]
+        before = self.stepper.load.accepted_tokens
         self.stepper.run(plan)
         self._began = []
         self._tell()
+        self.net.count["drafts accepted"] += self.stepper.load.accepted_tokens - before
         self._begin_step()
 
     def _tell(self):

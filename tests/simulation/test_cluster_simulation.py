@@ -39,7 +39,7 @@ def test_the_weather_is_rough_enough(counts):
         *("attempts failed: KV_SOURCE_LOST", "given up as silent", "placed again"),
         *("refused: NO_WORKERS", "refused: OVERLOADED", "refused: SLO_UNATTAINABLE"),
         *("fetches failed", "leases expired", "roles changed", "requests handed back"),
-        *("moments of fairness checked", "waits beyond patience"),
+        *("moments of fairness checked", "waits beyond patience", "drafts accepted"),
         *("requests finished", "requests cancelled", "requests failed: DEADLINE"),
     ):
         assert counts[what] >= 5, what
