@@ -22,6 +22,7 @@ from services.engine.models.convert import Watch
 from services.engine.models.errors import ModelFileError
 from services.engine.models.fetch import fetch as fetch_model
 from services.engine.models.folder import resolve
+from services.engine.models.shipped import ShippedModel
 from services.runtime.settings import ModelSettings
 
 app = typer.Typer(
@@ -66,6 +67,9 @@ def fetch(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with plain_errors():
         known = catalog.find(name)
+        if isinstance(known, ShippedModel):
+            print(f"{name} comes with Tandem: {known.folder}")
+            return
         with _bars() as watch:
             folder = fetch_model(
                 known, cache.cache_folder(os.environ), os.environ, source=source, watch=watch

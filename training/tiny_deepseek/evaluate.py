@@ -38,30 +38,28 @@ def evaluate(model: TinyDeepseek, data: Tokens, windows: int, length: int) -> Ma
     """Of every domain: `windows` windows of `length` tokens, spread over what is held out."""
     lengths = torch.from_numpy(byte_lengths(data.tokenizer))
     return {
-        name: _measure(model, held_out_windows(ids, windows, length + 2), lengths)
+        name: _measure(model, held_out_windows(ids, windows, length + 1), lengths)
         for name, ids in data.held_out.items()
     }
 
 
 def _measure(model: TinyDeepseek, windows: torch.Tensor, lengths: torch.Tensor) -> Figures:
-    nats, agreed, rows = 0.0, 0, 0
+    nats, agreed = 0.0, 0
     loads: list[torch.Tensor] = []
     for part in torch.split(windows, max(1, _BATCH_TOKENS // windows.shape[1])):
-        ids, following, after = part[:, :-2], part[:, 1:-1], part[:, 2:]
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(ids, following)
+            out = model(part[:, :-1], draft=True)
         assert out.drafts is not None
         nats += functional.cross_entropy(
-            out.logits.float().flatten(0, 1), following.flatten(), reduction="sum"
+            out.logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
         ).item()
-        agreed += int((out.drafts[:, :-1].argmax(-1) == out.logits[:, 1:].argmax(-1)).sum())
-        rows += after[:, :-1].numel()
+        agreed += int((out.drafts.argmax(-1) == out.logits.argmax(-1)).sum())
         loads.append(torch.stack(out.loads))
-    targets = windows[:, 1:-1]
+    targets = windows[:, 1:]
     load = torch.stack(loads).sum(0).float()
     return Figures(
         loss=nats / targets.numel(),
         bits=nats / math.log(2) / int(lengths[targets].sum()),
-        agreed=agreed / rows,
+        agreed=agreed / targets.numel(),
         load=float((load.amax(-1) / load.mean(-1)).mean()),
     )

@@ -23,8 +23,9 @@ RESIDUAL_GAIN = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """logits, drafts: [batch, tokens, vocabulary], of the next token and of the one after it.
+    """logits, drafts: [batch, tokens, vocabulary], both of the next token.
 
+    A draft's row knows the model's hidden state only up to the token before it.
     loads: of each expert layer, MTP's last: rows that chose each expert, [experts].
     """
 
@@ -224,7 +225,10 @@ class Decoder(nn.Module):
 
 
 class Draft(nn.Module):
-    """The MTP module: row j takes the hidden state of j-1 and the token at j, and predicts j+1."""
+    """The MTP module: row j takes the hidden state of j-1 and the token at j, and predicts j+1.
+
+    Zeros stand for the hidden state before row 0.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -242,8 +246,9 @@ class Draft(nn.Module):
         mask: Tensor,
         loads: list[Tensor],
     ) -> Tensor:
-        """hidden: after the model's last norm; embedded: of the token that follows each."""
-        joined = torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)
+        """hidden: after the model's last norm; embedded: of the tokens at the same places."""
+        before = functional.pad(self.hnorm(hidden)[:, :-1], (0, 0, 1, 0))
+        joined = torch.cat([self.enorm(embedded), before], dim=-1)
         out: Tensor = self.norm(self.layer(self.eh_proj(joined).float(), turns, mask, loads))
         return out
 
@@ -263,22 +268,18 @@ class TinyDeepseek(nn.Module):
         self.lm_head = linear(shape.width, shape.vocabulary, gain=0.1)
         self.draft = Draft(shape)
 
-    def forward(self, ids: Tensor, following: Tensor | None = None) -> Outputs:
-        """ids: [batch, tokens]; following: each id's next, for the drafts; None: no drafts.
-
-        drafts[:, i] is MTP's row at position i + 1: it predicts the token at i + 2.
-        """
+    def forward(self, ids: Tensor, draft: bool = False) -> Outputs:
+        """ids: [batch, tokens]; draft: with drafts."""
         tokens = ids.shape[1]
         turns = rotary(self.shape, tokens)
         mask = torch.full((tokens, tokens), -torch.inf).triu(1)
         loads: list[Tensor] = []
-        x = self.embed_tokens(ids)
+        x = embedded = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, turns, mask, loads)
         hidden = self.norm(x)
         drafts = None
-        if following is not None:
-            embedded = self.embed_tokens(following)
+        if draft:
             drafts = self.lm_head(self.draft(hidden, embedded, turns, mask, loads))
         return Outputs(self.lm_head(hidden), drafts, loads)
 

@@ -34,7 +34,7 @@ class Plan:
 
     minutes: float
     seed: int = 0
-    tokens_a_step: int = 4096
+    tokens_a_step: int = 3072
     phases: tuple[tuple[float, int], ...] = ((0.65, 256), (0.9, 512), (1.0, 1024))
     muon: float = 0.015
     adam: float = 0.004
@@ -78,14 +78,13 @@ class Training:
         """One step; returns the losses of the next token and of the drafts, nats a token."""
         plan, speed = self.plan, self.plan.speed(self.progress, self.steps)
         length = plan.length(self.progress)
-        windows = self.windows.draw(plan.tokens_a_step // length, length + 2)
+        windows = self.windows.draw(plan.tokens_a_step // length, length + 1)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * speed
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.model(windows[:, :-2], windows[:, 1:-1])
-            loss = _loss(out.logits, windows[:, 1:-1])
-            draft_loss = _loss(out.drafts, windows[:, 2:])
+            out = self.model(windows[:, :-1], draft=True)
+            loss, draft_loss = (_loss(x, windows[:, 1:]) for x in (out.logits, out.drafts))
         torch.autograd.backward(loss + plan.draft_weight * draft_loss)
         losses = torch.stack([loss.detach(), draft_loss.detach()])
         loads = [load.float() for load in out.loads]
@@ -98,7 +97,7 @@ class Training:
         for router, load in zip(self.model.routers(), loads, strict=True):
             router.balance(load, plan.balance * speed)
         self.steps += 1
-        self.tokens += windows[:, 2:].numel() * self.together.size
+        self.tokens += windows[:, 1:].numel() * self.together.size
         return losses[0].item(), losses[1].item()
 
     def save(self, path: Path) -> None:

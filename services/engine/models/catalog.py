@@ -1,10 +1,11 @@
-"""The models that `tandem models fetch` knows, each pinned to exact bytes."""
+"""The models that `tandem models` knows: those to fetch, pinned to exact bytes, and those shipped."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from services.engine.models.errors import ModelNotFoundError
+from services.engine.models.shipped import SHIPPED, ShippedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,13 @@ CATALOG = {
 }
 
 
-def find(name: str) -> CatalogModel:
-    """The catalogue's model of that name. Raises ModelNotFoundError, naming those there are."""
-    model = CATALOG.get(name)
+def find(name: str) -> CatalogModel | ShippedModel:
+    """The model of that name. Raises ModelNotFoundError, naming those there are."""
+    model = CATALOG.get(name) or SHIPPED.get(name)
     if model is None:
+        names = ", ".join(sorted([*CATALOG, *SHIPPED]))
         raise ModelNotFoundError(
-            f"no model is called {name!r}; `tandem models` knows {', '.join(sorted(CATALOG))}. "
+            f"no model is called {name!r}; `tandem models` knows {names}. "
             "For another one set model.path to its Hugging Face folder or GGUF file.",
             model=name,
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from services.engine.models import cache, catalog, convert
 from services.engine.models.errors import ModelFileError, ModelNotFoundError
+from services.engine.models.shipped import ShippedModel
 from services.runtime.settings import ModelSettings
 
 GGUF_SUFFIX = ".gguf"
@@ -89,7 +90,7 @@ class ModelFolder:
 def resolve(model: ModelSettings, cache_folder: Path | None = None) -> ModelFolder:
     """The folder of the model that the settings ask for; a GGUF file is converted once.
 
-    With a path: that Hugging Face folder or GGUF file. Without: the catalogue's model of that name,
+    With a path: that Hugging Face folder or GGUF file. Without: the model of that name, shipped or
     as `tandem models fetch` left it in the cache (None: this user's). Blocks while another process
     converts the same file. Raises ModelNotFoundError, ModelFileError, ModelSpaceError.
     """
@@ -132,6 +133,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 def _cached(name: str, models: Path) -> Path:
     known = catalog.find(name)
+    if isinstance(known, ShippedModel):
+        return known.folder
     home = models / name
     folder = convert.folder_for(home, known.gguf_sha256)
     if folder.is_dir():

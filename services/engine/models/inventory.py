@@ -11,27 +11,32 @@ from services.engine.models.catalog import CATALOG, CatalogModel
 from services.engine.models.convert import MANIFEST, Progress, Watch, unwatched
 from services.engine.models.errors import ModelFileError, ModelNotFoundError
 from services.engine.models.folder import ModelFolder, check_weights, read_json
+from services.engine.models.shipped import SHIPPED, ShippedModel
 from services.engine.models.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model of the catalogue, or a GGUF file that was converted because a path named it.
+    """A model of the catalogue or shipped, or a GGUF file converted because a path named it.
 
-    known: of the catalogue, else None. folder: what engines load, None if it is not there.
+    known: unless it is such a file. folder: what engines load, None if it is not there.
     file: the GGUF file kept in the cache, None if there is none. nbytes: what both take.
     """
 
     name: str
-    known: CatalogModel | None
+    known: CatalogModel | ShippedModel | None
     folder: Path | None
     file: Path | None
     nbytes: int
 
 
 def entries(models: Path) -> list[Entry]:
-    """Every model of the catalogue, here or not, then what was converted from local files."""
+    """Every model of the catalogue, here or not, those shipped, then local files' conversions."""
     found = [_of_catalogue(known, models) for known in CATALOG.values()]
+    found += [
+        Entry(known.name, known, known.folder, None, _size(known.folder))
+        for known in SHIPPED.values()
+    ]
     for folder in sorted((models / "local").glob(f"hf-*-v{convert.CONVERTER_VERSION}")):
         name = str(read_json(folder / MANIFEST).get("source", folder.name))
         found.append(Entry(name, None, folder, None, _size(folder)))
@@ -49,7 +54,7 @@ def check(entry: Entry, watch: Watch = unwatched) -> None:
             model=entry.name,
         )
     advance = _counted(entry.nbytes, watch)
-    if entry.known is not None and entry.file is not None:
+    if isinstance(entry.known, CatalogModel) and entry.file is not None:
         _compare(entry.file, entry.known.gguf_sha256, advance)
     expected = read_json(entry.folder / MANIFEST).get("sha256")
     if not isinstance(expected, dict) or "model.safetensors" not in expected:
