@@ -45,6 +45,7 @@ class Role(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+    RANK = "rank"
 
 
 class Transport(enum.StrEnum):
@@ -140,6 +141,11 @@ def serve(
     ] = None,
     model: Model = None,
     name: Annotated[str | None, typer.Option(help="A worker's name in status and logs.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of a rank: its worker's engine.group_address."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a rank: which, from 0.")] = None,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
     parent_pid: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -162,7 +168,9 @@ def serve(
             host=("server.host", host),
             port=("server.port", port),
             coordinator=(flags.COORDINATOR_KEY.get(role, "worker.coordinator"), coordinator),
-            name=("worker.name", name),
+            name=("rank.name" if role is Role.RANK else "worker.name", name),
+            group=("rank.group", group),
+            rank=("rank.number", rank),
         )
         file = flags.config(config, os.environ)
         parent = Parent(ready_fd, parent_pid)

@@ -16,7 +16,12 @@ from services.runtime import log, milestones, process
 from services.runtime.errors import StatusError
 from services.runtime.load import Given, SettingsError, load
 from services.runtime.server import ListenError
-from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
+from services.runtime.settings import (
+    CoordinatorProcess,
+    FrontendProcess,
+    RankProcess,
+    WorkerProcess,
+)
 
 PROCESSES: dict[str, type[BaseModel]] = {
     "coordinator": CoordinatorProcess,
@@ -24,6 +29,7 @@ PROCESSES: dict[str, type[BaseModel]] = {
     "prefill": WorkerProcess,
     "decode": WorkerProcess,
     "both": WorkerProcess,
+    "rank": RankProcess,
 }
 
 
@@ -40,7 +46,8 @@ def run_process(role: str, file: Path | None, flags: Sequence[Given], parent: Pa
     if parent.pid is not None:
         process.die_with_parent(parent.pid)
     settings, _ = load(PROCESSES[role], file, os.environ, flags)
-    name = getattr(getattr(settings, "worker", None), "name", "") or role
+    own = getattr(settings, "worker", None) or getattr(settings, "rank", None)
+    name = getattr(own, "name", "") or role
     log.configure(settings.log, name)  # type: ignore[attr-defined]
     milestones.reached(milestones.PROCESS)
     serve = _server_of(role)
@@ -68,5 +75,6 @@ def _server_of(role: str) -> Callable[..., Awaitable[None]]:
     """What runs the process: `serve(settings, ready=..., stop=...)`. Imports no more than that."""
     if PROCESSES[role] is WorkerProcess:
         return partial(importlib.import_module("services.worker.app").serve, role)
-    serve: Callable[..., Awaitable[None]] = importlib.import_module(f"services.{role}.app").serve
+    place = "engine.group" if PROCESSES[role] is RankProcess else role
+    serve: Callable[..., Awaitable[None]] = importlib.import_module(f"services.{place}.app").serve
     return serve

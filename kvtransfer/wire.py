@@ -80,29 +80,33 @@ def layout_to(layout: KvLayout) -> pb.KvLayout:
     )
 
 
+def layout_of(said: pb.KvLayout) -> KvLayout:
+    """A layout. Raises ValueError for one that can't be."""
+    return KvLayout(
+        said.model,
+        said.layers,
+        said.block_tokens,
+        tuple(
+            Component(
+                c.name,
+                c.dtype,
+                c.heads,
+                c.width,
+                c.total_heads,
+                c.scale if c.HasField("scale") else None,
+            )
+            for c in said.components
+        ),
+        said.shard,
+        said.shards,
+        said.interleaved,
+    )
+
+
 def layout_from(message: pb.DescribeResponse) -> KvLayout:
     """A source's layout. Raises LayoutMismatchError if it has none that can be."""
-    said = message.layout
     try:
-        layout = KvLayout(
-            said.model,
-            said.layers,
-            said.block_tokens,
-            tuple(
-                Component(
-                    c.name,
-                    c.dtype,
-                    c.heads,
-                    c.width,
-                    c.total_heads,
-                    c.scale if c.HasField("scale") else None,
-                )
-                for c in said.components
-            ),
-            said.shard,
-            said.shards,
-            said.interleaved,
-        )
+        layout = layout_of(message.layout)
     except ValueError as error:
         field = str(error).partition(":")[0]
         raise LayoutMismatchError(

@@ -31,6 +31,7 @@ from services.runtime.errors import (
     InvalidRequestError,
     UnknownAdapterError,
 )
+from services.runtime.settings import EngineSettings
 
 LINGER_SECONDS = 5.0
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +48,12 @@ class AdapterLimits:
     count: int
     rank: int
     bytes: int
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> AdapterLimits:
+        """As the settings have them."""
+        size = settings.adapter_memory_mib * 2**20
+        return cls(settings.max_adapters, settings.max_adapter_rank, size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from kvtransfer.policy import ExportPolicy
+from services.engine.group.engine import GroupEngine
+from services.engine.group.launch import ByHand, Processes
+from services.engine.group.part import Part
+from services.engine.group.task import Task
 from services.engine.regions import export_policy
 from services.engine.scripted.engine import ScriptedEngine
 from services.engine.stepped.engine import SteppedEngine
 from services.runtime.load import SettingsError
-from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+from services.runtime.settings import (
+    EngineSettings,
+    KvSettings,
+    LogSettings,
+    ModelSettings,
+    ServerSettings,
+)
 
 _TORCH_MODULES = ("torch", "numba", "safetensors", "gguf")
 
@@ -17,13 +28,51 @@ def build(
     kv: KvSettings,
     host: str,
     region: str = "",
-) -> SteppedEngine:
+    *,
+    remote: bool = False,
+    logs: LogSettings | None = None,
+    name: str = "rank",
+) -> SteppedEngine | GroupEngine:
     """The engine that the settings ask for, not started.
 
-    `host` is the address to listen on, `region` where the worker is. Raises SettingsError if what
-    it needs is not installed, or not there yet.
+    `host` is the address to listen on, `region` where the worker is. Of a group: `remote` allows it
+    to meet beyond this host, ranks log as `logs` say, under the worker's `name`. Raises
+    SettingsError if what it needs is not installed, or not there yet.
     """
-    policy = export_policy(region, kv)
+    if engine.ranks == 1:
+        if engine.group_address:
+            raise SettingsError("engine.group_address: there is no group with engine.ranks=1")
+        return _stepped(model, engine, kv, host, export_policy(region, kv), None)
+    if engine.kind == "scripted" and (engine.scripted_dp_ranks > 1 or engine.scripted_experts):
+        raise SettingsError(
+            "engine.ranks: real ranks can't be had with scripted ones (engine.scripted_dp_ranks, "
+            "engine.scripted_experts)"
+        )
+    task = Task(model, engine, kv, region, host)
+    if not engine.group_address:
+        return GroupEngine(task, Processes(logs or LogSettings(), name), ServerSettings())
+    met, _, port = engine.group_address.rpartition(":")
+    server = ServerSettings(
+        host=met.strip("[]"), port=int(port), allow_unauthenticated_remote=remote
+    )
+    return GroupEngine(task, ByHand(), server)
+
+
+def build_rank(task: Task, part: Part) -> SteppedEngine:
+    """The engine of one rank of a group, not started. Raises SettingsError."""
+    host = part.host if task.engine.group_address else task.host
+    policy = export_policy(task.region, task.kv)
+    return _stepped(task.model, task.engine, task.kv, host, policy, part)
+
+
+def _stepped(
+    model: ModelSettings,
+    engine: EngineSettings,
+    kv: KvSettings,
+    host: str,
+    policy: ExportPolicy,
+    part: Part | None,
+) -> SteppedEngine:
     if engine.kind == "scripted":
         return ScriptedEngine(model, engine, kv, host=host, policy=policy)
     if engine.device != "cpu":
@@ -40,4 +89,4 @@ def build(
             f"engine.kind: torch needs the package {error.name}, which is not installed; "
             "pip install 'tandem-serving[torch]' brings it"
         ) from None
-    return TorchEngine(model, engine, kv, host=host, policy=policy)
+    return TorchEngine(model, engine, kv, host=host, policy=policy, part=part)

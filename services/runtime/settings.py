@@ -445,6 +445,16 @@ class DirectorySettings(_Section):
     )
 
 
+class RankSettings(_Section):
+    """A rank of a worker of several processes (engine.ranks), started by hand."""
+
+    group: Annotated[str, Field(pattern=r"^([^,\s]+:[0-9]+)?$")] = Field(
+        "", description="host:port of the worker, as its engine.group_address says."
+    )
+    number: int = Field(0, ge=0, le=1023, description="Which rank, from 0.")
+    name: WorkerName = Field("", description="Name in logs; empty: rank-NUMBER.")
+
+
 class CoordinatorProcess(_Section):
     """Everything `tandem serve coordinator` reads."""
 
@@ -462,6 +472,14 @@ class FrontendProcess(_Section):
     directory: DirectorySettings = DirectorySettings()
     model: ModelSettings = ModelSettings()
     frontend: FrontendSettings = FrontendSettings()
+
+
+class RankProcess(_Section):
+    """Everything that `tandem serve rank` reads; the rest it is told by the worker."""
+
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+    rank: RankSettings = RankSettings()
 
 
 class WorkerProcess(_Section):

@@ -73,7 +73,14 @@ async def serve(
         folder = Path(kv.disk_tier_folder) / (settings.worker.name or role)
         kv = kv.model_copy(update={"disk_tier_folder": str(folder)})
     engine = build(
-        settings.model, settings.engine, kv, settings.server.host, settings.worker.region
+        settings.model,
+        settings.engine,
+        kv,
+        settings.server.host,
+        settings.worker.region,
+        remote=settings.server.allow_unauthenticated_remote,
+        logs=settings.log,
+        name=settings.worker.name or role,
     )
     milestones.reached(milestones.ENGINE)
     await engine.start()

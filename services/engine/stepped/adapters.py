@@ -31,8 +31,6 @@ from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
-MEBIBYTE = 2**20
-
 
 class EngineAdapters:
     """`model` is where weights go; None: the model takes no adapters."""
@@ -43,11 +41,7 @@ class EngineAdapters:
         self._model = model
         self._settings = settings
         self._clock = clock
-        self._limits = AdapterLimits(
-            settings.max_adapters,
-            settings.max_adapter_rank,
-            settings.adapter_memory_mib * MEBIBYTE,
-        )
+        self._limits = AdapterLimits.of(settings)
         self._books = AdapterBooks(self._limits)
         self._one_by_one = asyncio.Lock()
 

@@ -32,6 +32,7 @@ from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
 from kvtransfer.tiers.build import open_tiers
 from services.engine.adapters import Adapter, AdapterStatus
+from services.engine.admission import check_request
 from services.engine.api import (
     EngineFault,
     EngineInfo,
@@ -374,24 +375,7 @@ class SteppedEngine:
         limit = self._settings.max_running + self._settings.max_waiting
         if len(self._live) >= limit:
             raise EngineOverloadedError(f"{limit} requests are here already", limit=limit)
-        tokens, info = request.token_ids, self._info
-        if request.dp_rank >= info.dp_ranks:
-            raise InvalidRequestError(
-                "dp_rank", request.dp_rank, f"this worker has {info.dp_ranks}"
-            )
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("prompt_token_ids", (), "at least one token is")
-        if len(tokens) >= info.context_tokens:
-            raise InvalidRequestError(
-                "prompt_token_ids",
-                f"{len(tokens)} tokens",
-                f"at most {info.context_tokens - 1} fit the context window with one to generate",
-            )
-        if min(tokens) < 0 or max(tokens) >= info.vocabulary:
-            wrong = next(t for t in tokens if not 0 <= t < info.vocabulary)
-            raise InvalidRequestError(
-                "prompt_token_ids", wrong, f"token ids are 0 to {info.vocabulary - 1}"
-            )
+        check_request(request, self._info)
         self._adapters.check(request.adapter)
         self._guiding.guides.check(request)
 
