@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli import bench_engine, flags
+from cli import bench_engine, bench_start, flags
 from cli import load_flags as f
 from cli.cluster import ClusterError, LocalCluster
 from cli.deaths import deaths
@@ -73,6 +73,7 @@ Measure = Callable[[asyncio.Event], Awaitable[None]]
 
 app.command()(bench_engine.engine)
 app.command()(bench_engine.profile)
+app.command()(bench_start.start)
 
 
 @app.command()

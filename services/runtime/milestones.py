@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 
 LOGGER = "tandem.start"
 _log = logging.getLogger(LOGGER)
@@ -20,5 +22,13 @@ MILESTONES = (PROCESS, SERVICES, ENGINE, WEIGHTS, RULES, TRIED, WARM, READY)
 
 
 def reached(milestone: str) -> None:
-    """Logs one of MILESTONES."""
-    _log.info("%s", milestone)
+    """Logs one of MILESTONES, with the CPU time that the process has used so far."""
+    _log.info("%s after %.3f s of CPU", milestone, time.process_time())
+
+
+def parsed(message: str) -> tuple[str, float] | None:
+    """The milestone and the seconds of CPU of a message; None for another one."""
+    found = re.fullmatch(r"(.*) after ([0-9.]+) s of CPU", message)
+    if found is None or found[1] not in MILESTONES:
+        return None
+    return found[1], float(found[2])
