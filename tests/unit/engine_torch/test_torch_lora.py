@@ -14,7 +14,7 @@ from services.engine.adapters import AdapterLimits, read_files
 from services.engine.models.errors import UnsupportedAdapterError
 from services.engine.torch.model import TorchModel
 from services.runtime.errors import AdapterLimitError
-from tests.unit.engine_torch import torch_adapters, torch_models
+from tests.unit.engine_torch import torch_adapters, torch_deepseek, torch_models
 from tests.unit.engine_torch.torch_adapters import ATTENTION, LIMITS, MLP
 from tests.unit.engine_torch.torch_models import batch, sequences
 
@@ -62,6 +62,20 @@ def folders(tmp_path_factory):
 ADAPTERS = ("all", "attention", "stabilized", "patterns", "head")
 
 
+@pytest.fixture(scope="module")
+def deepseeks(tmp_path_factory):
+    """A tiny DeepSeek V3, and adapters, one of which changes shared experts and dense layers too."""
+    root = tmp_path_factory.mktemp("lora-deepseek")
+    model = torch_deepseek.write(root / "model", num_nextn_predict_layers=0)
+    latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+    torch_adapters.write(root / "all", model, (*latent, *MLP), seed=6)
+    torch_adapters.write(root / "latent", model, latent[2:], seed=7, rank=3)
+    return root
+
+
+DEEPSEEKS = ("all", "latent")
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_its_merged_weights(folders, tmp_path, name):
     model = TorchModel.load(folders / "model", **EXACT)
@@ -74,17 +88,30 @@ def test_an_adapter_is_its_merged_weights(folders, tmp_path, name):
     assert np.abs(base - expected).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def loaded(request, folders):
-    """A model with all adapters, and their ids."""
-    model = TorchModel.load(folders / "model", dtype=request.param, kv_dtype="fp8_e4m3", threads=1)
-    return model, [torch_adapters.load(model, name, folders / name) for name in ADAPTERS]
+@pytest.mark.parametrize("name", DEEPSEEKS)
+def test_an_adapter_of_deepseek_is_its_merged_weights(deepseeks, tmp_path, name):
+    model = TorchModel.load(deepseeks / "model", **EXACT)
+    adapter = torch_adapters.load(model, name, deepseeks / name)
+    merged = torch_adapters.merge(tmp_path / "merged", deepseeks / "model", deepseeks / name)
+    expected = whole(TorchModel.load(merged, **EXACT), 90)
+    found, base = whole(model, 90, adapter), whole(model, 90)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(base - expected).max() > 0.1 * np.abs(expected).max()
 
 
-def test_without_an_adapter_the_bits_are_the_bases(loaded, folders):
-    model, adapters = loaded
-    dtype = "bfloat16" if model.weights.embedding.dtype is torch.bfloat16 else "float32"
-    fresh = TorchModel.load(folders / "model", dtype=dtype, kv_dtype="fp8_e4m3", threads=1)
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "deepseek"])
+def loaded(request, folders, deepseeks):
+    """A model with all adapters, their ids, and the model without any."""
+    options = {"dtype": "bfloat16", "kv_dtype": "fp8_e4m3", "threads": 1}
+    root, names = (deepseeks, DEEPSEEKS) if request.param == "deepseek" else (folders, ADAPTERS)
+    if request.param == "float32":
+        options["dtype"] = "float32"
+    model, fresh = (TorchModel.load(root / "model", **options) for _ in range(2))
+    return model, [torch_adapters.load(model, name, root / name) for name in names], fresh
+
+
+def test_without_an_adapter_the_bits_are_the_bases(loaded):
+    model, adapters, fresh = loaded
     assert fresh.numerics == model.numerics
     expected = whole(fresh, 70)
     lengths = [70, 33, 50]
@@ -94,9 +121,10 @@ def test_without_an_adapter_the_bits_are_the_bases(loaded, folders):
 
 
 def test_bits_depend_on_nobody_else_and_on_no_chunk(loaded):
-    """Six sequences, five adapters: prompts in chunks side by side, then token by token."""
-    model, adapters = loaded
-    lengths, who = [90, 61, 47, 70, 33, 90], [*adapters, ""]
+    """Each with an adapter of its own, or none: in chunks side by side, and token by token."""
+    model, adapters, _ = loaded
+    who = [*adapters, ""]
+    lengths = [90, 61, 47, 70, 33, 90][: len(who)]
     alone = [whole(model, n, a) for n, a in zip(lengths, who, strict=True)]
     some = sequences(model, lengths)
     random = np.random.default_rng(7)
@@ -116,16 +144,44 @@ def test_bits_depend_on_nobody_else_and_on_no_chunk(loaded):
 
 
 def test_one_sequence_with_each_adapter_gives_different_logits(loaded):
-    model, adapters = loaded
+    model, adapters, _ = loaded
     rows = {whole(model, 40, a)[-1].tobytes() for a in (*adapters, "")}
     assert len(rows) == len(adapters) + 1
 
 
 def test_a_step_with_an_adapter_that_is_not_here_raises_before_it_computes(loaded):
-    model, _ = loaded
+    model, *_ = loaded
     (sequence,) = sequences(model, [8])
     with pytest.raises(ValueError, match="adapters: legal@0 not loaded"):
         advance(model, [(sequence, 8)], ["legal@0"])
+
+
+@pytest.mark.peer
+def test_greedy_tokens_are_those_of_transformers_with_merged_weights(folders, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = TorchModel.load(folders / "model", **EXACT)
+    names = ("all", "attention")
+    who = [torch_adapters.load(model, name, folders / name) for name in names]
+    some = sequences(model, [60, 60])
+    prompts = [s.tokens[:20].copy() for s in some]
+    for _ in range(40):
+        parts = [(s, max(1, 20 - s.done)) for s in some]
+        for sequence, logits in zip(some, advance(model, parts, who), strict=True):
+            if sequence.done < 60:
+                sequence.tokens[sequence.done] = logits[-1].argmax()
+    for name, sequence, prompt in zip(names, some, prompts, strict=True):
+        merged = torch_adapters.merge(tmp_path / name, folders / "model", folders / name)
+        peer = transformers.LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            said = peer.generate(
+                torch.from_numpy(prompt.astype(np.int64))[None],
+                attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+                max_new_tokens=40,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert said[0].tolist() == sequence.tokens.tolist()
 
 
 class TestRefusals:

@@ -113,7 +113,7 @@ def _down(table: int, count: int, kind: int, inputs: int, x: int, x_bytes: int, 
             count, LANES, kind, mine + 4 * rank, 4 * ranks, x, x_bytes, down + 4 * rank, 4 * ranks,
             words,
         )  # fmt: skip
-    low = mine + ROWS * 4 * ranks
+    low: int = mine + ROWS * 4 * ranks
     for i in range(0, count * ranks, LANES):
         store_values(low, i, kind, load_f32(mine + 4 * i))
     return low
