@@ -5,6 +5,7 @@
 #   make install PIP_ARGS="--extra-index-url ADDRESS"
 PYTHON ?= python3
 PIP_ARGS ?=
+MODEL ?=
 ARGS ?=
 JOBS ?= 2
 
@@ -41,8 +42,8 @@ install-dev: $(VENV)/.installed-dev ## What is needed to develop and test
 model: install ## The newcomer's model, fetched and checked
 	$(BIN)/tandem models fetch
 
-demo: install ## The whole system: a real model, prefill and decode apart, a streamed answer
-	$(BIN)/tandem demo $(ARGS)
+demo: install ## The whole system, once: prefill and decode apart (MODEL=tiny-deepseek: experts apart, too)
+	$(BIN)/tandem demo $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 up: install model ## A cluster on this machine, until Ctrl-C
 	$(BIN)/tandem up $(ARGS)

@@ -34,6 +34,28 @@ FOR_A_SHORT_PROMPT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a model is shown with. expected: what its answer to PROMPT names; empty: who knows.
+
+    settings: of every process, over FOR_A_SHORT_PROMPT. decode: of the decode workers only.
+    """
+
+    expected: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    decode: Mapping[str, str] = field(default_factory=dict)
+
+
+SCENES = {
+    "smollm2-135m-instruct": Scene(expected=EXPECTED),
+    # Half as many tokens make the same question, so that blocks are halved too. Decode workers are
+    # what they are for a large DeepSeek: ranks that share out the experts.
+    "tiny-deepseek": Scene(
+        expected=EXPECTED, settings={"engine.block_tokens": "8"}, decode={"engine.ranks": "2"}
+    ),
+}
+
+
 class DemoFailedError(CommandError):
     """The system ran and did not do what it should."""
 
@@ -62,6 +84,14 @@ class Show:
     settings: Mapping[str, str]
     config: Path | None
     keep: bool
+    model: str = "smollm2-135m-instruct"
+
+    @property
+    def scene(self) -> Scene:
+        """The model's; a scripted engine stands in for a model without its ranks and knowledge."""
+        scene = SCENES.get(self.model, Scene())
+        scripted = self.settings.get("engine.kind") == "scripted"
+        return Scene(settings=scene.settings) if scripted else scene
 
 
 async def demo(show: Show, stop: Stop) -> int:
@@ -70,14 +100,20 @@ async def demo(show: Show, stop: Stop) -> int:
     Raises DemoFailedError, ClusterError, SettingsError.
     """
     console = Console(highlight=False)
-    settings = FOR_A_SHORT_PROMPT | dict(show.settings)
+    scene = show.scene
+    settings = FOR_A_SHORT_PROMPT | dict(scene.settings) | dict(show.settings)
+    decode = {k: v for k, v in scene.decode.items() if k not in show.settings}
     chosen = ", ".join(f"{key}={settings[key]}" for key in FOR_A_SHORT_PROMPT)
     console.print(f"Set for a short prompt: {chosen}", style="dim", soft_wrap=True)
+    if decode:
+        chosen = ", ".join(f"{key}={value}" for key, value in decode.items())
+        console.print(f"Set for decode workers: {chosen}", style="dim", soft_wrap=True)
     with opened() as screen:
         cluster = LocalCluster(
             prefill=show.prefill,
             decode=show.decode,
             settings=settings,
+            own={f"decode-{i}": decode for i in range(show.decode)},
             config=show.config,
             on_event=screen.event,
         )
@@ -128,9 +164,9 @@ async def _ask(client: Client, prompt: str) -> Told:
 
 def _failure(show: Show, first: Told, again: Told) -> str:
     """What did not happen that the demo is there to show; empty if all of it did."""
-    makes_up = show.settings.get("engine.kind") == "scripted"
-    if show.prompt == PROMPT and not makes_up and EXPECTED not in first.text:
-        return f"the answer does not name {EXPECTED}"
+    expected = show.scene.expected
+    if show.prompt == PROMPT and expected not in first.text:
+        return f"the answer does not name {expected}"
     if show.prefill and not _moved(first):
         return "no KV moved from the prefill worker to the decode worker"
     if again.end is None or again.end.cached_tokens == 0:

@@ -278,8 +278,8 @@ def demo(
 
         file = flags.config(config, os.environ)
         chosen = flags.texts(sets, model, engine, transport)
-        prepare(file, os.environ, chosen, fetch=True)
-        show = Show(prompt, prefill, decode, chosen, file, keep)
+        named = prepare(file, os.environ, chosen, fetch=True)
+        show = Show(prompt, prefill, decode, chosen, file, keep, named)
         raise typer.Exit(process.run(lambda stop: run_demo(show, stop)))
 
 

@@ -15,11 +15,11 @@ from services.runtime.settings import FrontendProcess, WorkerProcess
 
 def prepare(
     file: Path | None, environment: Mapping[str, str], settings: Mapping[str, str], *, fetch: bool
-) -> None:
+) -> str:
     """Finds the model that the settings ask for, and converts it if it is a GGUF file.
 
     With `fetch`, a model of the catalogue that is not here is downloaded. Here, and not in four
-    processes at once, which would wait for one another without a word.
+    processes at once, which would wait for one another without a word. Returns the model's name.
     Raises SettingsError, also if no KV transport that is asked for can be had here, and what
     services.engine.models raises.
     """
@@ -34,6 +34,7 @@ def prepare(
         from cli.models import fetch as fetch_model
 
         fetch_model(model.name, None)
+    return model.name
 
 
 def _require_a_transport(names: Sequence[str]) -> None:

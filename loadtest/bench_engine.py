@@ -158,6 +158,8 @@ def _gguf(options: EngineBenchOptions) -> Path:
         known = catalog.find(options.model)
     except ModelNotFoundError as error:
         raise LlamaCppError(str(error)) from error
+    if not isinstance(known, catalog.CatalogModel):
+        raise LlamaCppError(f"llama.cpp reads GGUF files; {known.name} is a folder")
     return cache.cache_folder(os.environ) / known.name / known.gguf
 
 

@@ -36,6 +36,7 @@ def entries(models: Path) -> list[Entry]:
     found += [
         Entry(known.name, known, known.folder, None, _size(known.folder))
         for known in SHIPPED.values()
+        if known.folder.is_dir()
     ]
     for folder in sorted((models / "local").glob(f"hf-*-v{convert.CONVERTER_VERSION}")):
         name = str(read_json(folder / MANIFEST).get("source", folder.name))
