@@ -156,9 +156,13 @@ def _inside(inner: st.SearchStrategy) -> st.SearchStrategy:
 
 
 @st.composite
-def schemas(draw: st.DrawFn) -> dict:
-    """Schemas whose documents are short, whatever the model says."""
+def schemas(draw: st.DrawFn, *, closed: bool = False) -> dict:
+    """Schemas whose documents are short, whatever the model says.
+
+    closed: and show that they are over, as a number does not: for a model that likes no end.
+    """
     tree = st.recursive(_leaves, _inside, max_leaves=6)
+    whole = _objects(st.one_of(tree, st.just({"$ref": "#/$defs/s"})))
     shared = draw(_leaves)
-    found = dict(draw(st.one_of(tree, _objects(st.one_of(tree, st.just({"$ref": "#/$defs/s"}))))))
+    found = dict(draw(whole if closed else st.one_of(tree, whole)))
     return found | {"$defs": {"s": shared}}
