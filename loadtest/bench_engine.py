@@ -141,9 +141,9 @@ def _subjects(
         add(f"tandem {kv}", lambda kv=kv: own(kv))  # type: ignore[misc]
     first = options.kv_dtypes[0]
     if options.loose:
-        add("tandem, loose", lambda: own(first, batch_invariant=False))
+        add("tandem loose", lambda: own(first, batch_invariant=False))
     if options.int4:
-        add("tandem, int4", lambda: own(first, batch_invariant=False, weights="int4"))
+        add("tandem int4", lambda: own(first, batch_invariant=False, weights="int4"))
     return found, skipped
 
 

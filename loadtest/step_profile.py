@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.engine.stepped import step as stepping
+from services.engine.stepped.drafts import Drafting
 from services.engine.stepped.step import Stepper
+from services.engine.torch.kernels.int4 import Int4Linear
 from services.engine.torch.kernels.linear import Linear
 from services.engine.torch.kernels.team import Call
+from services.engine.torch.parallel.mesh import Mesh
 
 PYTHON = "Python"
 LINEAR, ATTENTION, EXPERTS, ROWS = "linear layers", "attention", "experts", "norms, activations"
@@ -121,7 +124,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         def wrapped(stepper: Stepper) -> Any:
             recorder.begin()
             found = plan(stepper)
-            recorder.planned([work.count for work in found.work])
+            recorder.planned([work.rows for work in found.work])
             return found
 
         return wrapped
@@ -134,7 +137,11 @@ def recording(recorder: Recorder) -> Iterator[None]:
             setattr(owner, name, make(was))
 
         replace(Stepper, "plan", begun)
-        replace(stepping, "sample", functools.partial(recorder.timed, SAMPLING))
+        for name in ("choose", "token_of"):
+            replace(stepping, name, functools.partial(recorder.timed, SAMPLING))
+        replace(Drafting, "draft", functools.partial(recorder.stage, DRAFTS))
         replace(Linear, "__call__", functools.partial(recorder.timed, LINEAR))
+        replace(Int4Linear, "__call__", functools.partial(recorder.timed, LINEAR))
+        replace(Mesh, "exchange", functools.partial(recorder.timed, EXCHANGE))
         replace(Call, "run", recorder.kernel)
         yield
