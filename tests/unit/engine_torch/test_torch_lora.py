@@ -64,7 +64,7 @@ ADAPTERS = ("all", "attention", "stabilized", "patterns", "head")
 
 @pytest.fixture(scope="module")
 def deepseeks(tmp_path_factory):
-    """A tiny DeepSeek V3, and adapters, one of which changes shared experts and dense layers too."""
+    """A tiny DeepSeek V3, and adapters; one changes shared experts and dense layers, too."""
     root = tmp_path_factory.mktemp("lora-deepseek")
     model = torch_deepseek.write(root / "model", num_nextn_predict_layers=0)
     latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
