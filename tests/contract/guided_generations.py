@@ -37,7 +37,7 @@ MAX_TOKENS = 400
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. Documents that were cut off by MAX_TOKENS are counted, not checked."""
+    """What came of it. Documents that MAX_TOKENS cut off are counted; others come instead."""
 
     checked: int
     cut_off: int
@@ -107,15 +107,18 @@ async def run(count: int, seed: int, folder: Path) -> Outcome:
     try:
         for one in workers:
             await one.start()
-        asked = [ask(f"r{i}", *what) for i, what in enumerate(drawn(count, seed))]
-        ended = await asyncio.gather(*asked)
+        ended: list[bool] = []
+        while sum(ended) < count:
+            more = drawn(count - sum(ended), seed + len(ended))
+            asked = [ask(f"r{i}", *what) for i, what in enumerate(more, start=len(ended))]
+            ended += await asyncio.gather(*asked)
         stats = decode.engine.stats()
     finally:
         for one in workers:
             await one.close()
     return Outcome(
         checked=sum(ended),
-        cut_off=count - sum(ended),
+        cut_off=len(ended) - sum(ended),
         tokens=sum(map(len, tokens_of.values())),
         drafted=stats.draft_tokens,
         accepted=stats.accepted_tokens,
