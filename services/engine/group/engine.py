@@ -48,7 +48,7 @@ from services.engine.group.forward import KvForwarder, Leases
 from services.engine.group.keys import GroupKeys
 from services.engine.group.launch import Launch
 from services.engine.group.member import CHANNEL_OPTIONS, Given, Member
-from services.engine.group.servicer import GroupServicer
+from services.engine.group.servicer import SETTINGS, GroupServicer
 from services.engine.group.sums import differs, group_info, group_stats
 from services.engine.group.task import Task
 from services.runtime.errors import (
@@ -58,6 +58,7 @@ from services.runtime.errors import (
     InvalidRequestError,
     by_reason,
 )
+from services.runtime.load import SettingsError
 from services.runtime.server import Server
 from services.runtime.settings import ServerSettings
 from tandem.group.v1 import group_pb2 as pb
@@ -98,6 +99,7 @@ class GroupEngine:
         """The last one given out."""
         self._closing = False
         self._failed = ""
+        self._bad_setting = False
         self._ready = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         forwarder = KvForwarder(self._members, self._keys, self._leases)
@@ -114,7 +116,7 @@ class GroupEngine:
     async def start(self) -> None:
         """Has ranks started and waits until all are ready.
 
-        Raises EngineFailedError if one ends before, or is not like the others.
+        Raises EngineFailedError if one ends before, or is not like the others; SettingsError.
         """
         self._server.add(
             group_pb2_grpc.add_GroupServiceServicer_to_server,
@@ -126,7 +128,7 @@ class GroupEngine:
             await self._launch.start(address, len(self._members), self._ended)
             await self._ready.wait()
             if self._failed:
-                raise EngineFailedError(self._failed)
+                raise (SettingsError if self._bad_setting else EngineFailedError)(self._failed)
         except BaseException:
             await self._end(0)
             raise
@@ -236,6 +238,9 @@ class GroupEngine:
                 self._call_round(message.round_wanted.round)
             case "adapter_loaded":
                 self._answered(member, message.adapter_loaded)
+            case "failed":
+                self._bad_setting = message.failed.reason == SETTINGS
+                self._ended(member.rank, message.failed.message)
             case "store":
                 for other in self._members[1:]:
                     other.send(pb.JoinResponse(store=message.store))
@@ -248,10 +253,11 @@ class GroupEngine:
         member.taken = message.taken
         member.stats = wire.stats_from(message.stats, member.stats)
         outputs = []
-        for output in map(wire.output_from, message.outputs):
-            given = self._live.get(output.request_id)
-            if given is None or given.rank != member.rank:
+        for said in message.outputs:
+            given = self._live.get(said.request_id)
+            if given is None or (given.rank, given.number) != (member.rank, said.number):
                 continue  # cancelled meanwhile
+            output = wire.output_from(said)
             outputs.append(output)
             if output.finish_reason is not None or output.prefill_done:
                 self._forget(output.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -17,11 +18,12 @@ from services.engine.api import EngineFault, EngineStats, FinishReason, FirstTok
 from services.engine.group import wire
 from services.engine.group.member import CHANNEL_OPTIONS
 from services.engine.group.part import Part
-from services.engine.group.servicer import PACKAGE
+from services.engine.group.servicer import PACKAGE, SETTINGS
 from services.engine.group.task import Task
 from services.engine.stepped.engine import SteppedEngine
 from services.engine.wire import fault_to, plan_from, stats_to
 from services.runtime.errors import EngineFailedError, StatusError, TandemError
+from services.runtime.load import SettingsError
 from services.runtime.server import Server
 from services.runtime.settings import RankSettings, ServerSettings
 from tandem.group.v1 import group_pb2 as pb
@@ -37,6 +39,7 @@ STILL_REPORTS = 20
 EXPERT_REPORTS = 10
 """Of so many reports that are not of outputs one says how tokens were routed."""
 COALESCE_SECONDS = 0.02
+CONFESS_SECONDS = 1.0
 
 Make = Callable[[Task, Part], SteppedEngine]
 """An engine that is one rank, not started."""
@@ -52,6 +55,8 @@ class Rank:
         self._said: asyncio.Queue[pb.JoinRequest] = asyncio.Queue()
         self._store: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._taken = 0
+        self._numbers: dict[str, int] = {}
+        """Of requests that are live here: which of the leader's they are."""
         self._told = EngineStats()
         self._loading: set[asyncio.Task[None]] = set()
         self.engine: SteppedEngine | None = None
@@ -73,9 +78,24 @@ class Rank:
             except grpc.aio.AioRpcError as error:
                 words = f"{error.code().name}: {error.details() or 'no details'}"
                 raise EngineFailedError(f"the leader at {address} is lost: {words}") from error
+            except Exception as error:
+                await self._confess(call, writing, error)
+                raise
             finally:
                 writing.cancel()
                 call.cancel()
+
+    async def _confess(self, call: Any, writing: asyncio.Task[None], error: Exception) -> None:
+        """Tells the leader why this rank ends, if it still listens."""
+        writing.cancel()
+        reason = getattr(error, "reason", EngineFailedError.reason)
+        reason = SETTINGS if isinstance(error, SettingsError) else reason
+        words = str(error) if isinstance(error, (StatusError, SettingsError)) else repr(error)
+        failed = fault_to(EngineFault(reason, words))
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, TimeoutError):
+            async with asyncio.timeout(CONFESS_SECONDS):
+                await call.write(pb.JoinRequest(failed=failed))
+                await call.done_writing()
 
     def _say(self, message: pb.JoinRequest) -> None:
         self._said.put_nowait(message)
@@ -121,8 +141,10 @@ class Rank:
             )
         )
         ready(address)
-        await self._live(engine, following)
-        await server.stop(0)
+        try:
+            await self._live(engine, following)
+        finally:
+            await server.stop(0)
 
     async def _live(self, engine: SteppedEngine, following: asyncio.Task[None]) -> None:
         """Until Close, and then until the engine is closed."""
@@ -171,19 +193,21 @@ class Rank:
                 return
             else:
                 assert self.engine is not None, f"{kind} before this rank was ready"
+                if kind == "cancel":  # What came before is told first, under its number.
+                    await asyncio.sleep(0)
                 self._do(self.engine, kind, message)
         raise EngineFailedError("the leader ended")
 
     def _do(self, engine: SteppedEngine, kind: str | None, message: pb.JoinResponse) -> None:
         match kind:
             case "prefill" | "decode":
-                self._taken += 1
                 self._begin(engine, message)
             case "proceed":
                 p = message.proceed
                 engine.proceed(p.request_id, FirstTokens(tuple(p.token_ids), p.handle))
             case "cancel":
                 engine.cancel(message.cancel.request_id)
+                self._numbers.pop(message.cancel.request_id, None)
             case "round":
                 engine.call_round(message.round.round)
             case "expert_plan":
@@ -198,13 +222,15 @@ class Rank:
 
     def _begin(self, engine: SteppedEngine, message: pb.JoinResponse) -> None:
         """A refusal, of what the leader could not check, is the request's output."""
+        self._taken += 1
+        asked = message.prefill if message.HasField("prefill") else message.decode
+        self._numbers[asked.request.request_id] = self._taken
         try:
             if message.HasField("prefill"):
                 engine.prefill(*wire.prefill_from(message.prefill, engine.info.vocabulary))
             else:
                 engine.decode(*wire.decode_from(message.decode, engine.info.vocabulary))
         except TandemError as error:
-            asked = message.prefill if message.HasField("prefill") else message.decode
             refused = TokenOutput(
                 asked.request.request_id,
                 finish_reason=FinishReason.ERROR,
@@ -256,10 +282,18 @@ class Rank:
         self._told = stats
         tokens = stats.expert_tokens if with_experts else ()
         fresh = None if stats.expert_map == before.expert_map else stats.expert_map
+        told = [
+            wire.output_to(output, self._numbers[output.request_id])
+            for output in outputs
+            if output.request_id in self._numbers
+        ]
+        for output in outputs:
+            if output.finish_reason is not None or output.prefill_done:
+                self._numbers.pop(output.request_id, None)
         self._say(
             pb.JoinRequest(
                 outputs=pb.Outputs(
-                    outputs=[wire.output_to(output) for output in outputs],
+                    outputs=told,
                     stats=stats_to(replace(stats, expert_tokens=tokens, expert_map=fresh)),
                     taken=self._taken,
                 )

@@ -16,6 +16,8 @@ from tandem.group.v1 import group_pb2 as pb
 from tandem.group.v1 import group_pb2_grpc
 
 PACKAGE = "tandem-serving"
+SETTINGS = "SETTINGS"
+"""Reason of a rank that could not begin because of a setting; not one that clients see."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 

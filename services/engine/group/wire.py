@@ -152,9 +152,10 @@ def plan_to(plan: ExpertMap, moves: Iterable[ExpertMove]) -> pb.JoinResponse:
 # Outputs
 
 
-def output_to(output: TokenOutput) -> pb.Output:
-    """To the leader."""
+def output_to(output: TokenOutput, number: int) -> pb.Output:
+    """To the leader, of the request that it gave as this one."""
     return pb.Output(
+        number=number,
         request_id=output.request_id,
         token_ids=output.token_ids,
         logprobs=logprobs_to(output.logprobs),

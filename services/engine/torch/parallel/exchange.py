@@ -125,7 +125,8 @@ class ExpertExchange:
             found = [np.concatenate(pair) for pair in zip(found, rest, strict=True)]
         self._room.note(most)
         whole = np.concatenate(found)
-        rows = torch.from_numpy(whole[:, self._ids_bytes :].copy()).view(self._dtype)
+        rows = torch.empty((len(whole), self._hidden), dtype=self._dtype)
+        rows.view(torch.uint8).numpy()[:] = whole[:, self._ids_bytes :]
         return rows, whole[:, : self._ids_bytes].copy().view(np.int32), counts
 
     def _rest(self, raw: Bytes, parts: list[_Sent], counts: list[int], room: int) -> list[Bytes]:

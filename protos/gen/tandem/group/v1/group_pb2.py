@@ -27,7 +27,7 @@ from tandem.generation.v1 import generation_pb2 as tandem_dot_generation_dot_v1_
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as tandem_dot_kvtransfer_dot_v1_dot_kvtransfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/group/v1/group.proto\x12\x0ftandem.group.v1\x1a\'tandem/coordinator/v1/coordinator.proto\x1a%tandem/generation/v1/generation.proto\x1a%tandem/kvtransfer/v1/kvtransfer.proto\"\'\n\x06Joined\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x18\n\x05Store\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"o\n\x05Ready\x12)\n\x04info\x18\x01 \x01(\x0b\x32\x1b.tandem.group.v1.EngineInfo\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x18.tandem.group.v1.Adapter\"\x93\x03\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x06layout\x18\x02 \x01(\x0b\x32\x1e.tandem.kvtransfer.v1.KvLayout\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x12\n\nvocabulary\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x10\n\x08numerics\x18\x08 \x01(\t\x12\x15\n\rkv_transports\x18\t \x03(\t\x12\x45\n\x0ekv_not_offered\x18\n \x03(\x0b\x32-.tandem.group.v1.EngineInfo.KvNotOfferedEntry\x12\x33\n\x07\x65xperts\x18\x0b \x01(\x0b\x32\".tandem.coordinator.v1.ExpertShape\x1a\x33\n\x11KvNotOfferedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9e\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\x12\x14\n\x0cprefill_done\x18\x07 \x01(\x08\x12\x0e\n\x06handle\x18\x08 \x01(\x0c\"u\n\x07Outputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.tandem.group.v1.Output\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\x12\r\n\x05taken\x18\x03 \x01(\x04\"\x1c\n\x0bRoundWanted\x12\r\n\x05round\x18\x01 \x01(\x04\"v\n\rAdapterLoaded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x18.tandem.group.v1.Adapter\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\"2\n\x07\x41\x64\x61pter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xe8\x02\n\x0bJoinRequest\x12)\n\x06joined\x18\x01 \x01(\x0b\x32\x17.tandem.group.v1.JoinedH\x00\x12\'\n\x05store\x18\x02 \x01(\x0b\x32\x16.tandem.group.v1.StoreH\x00\x12\'\n\x05ready\x18\x03 \x01(\x0b\x32\x16.tandem.group.v1.ReadyH\x00\x12+\n\x07outputs\x18\x04 \x01(\x0b\x32\x18.tandem.group.v1.OutputsH\x00\x12\x34\n\tkv_events\x18\x05 \x01(\x0b\x32\x1f.tandem.coordinator.v1.KvEventsH\x00\x12\x34\n\x0cround_wanted\x18\x06 \x01(\x0b\x32\x1c.tandem.group.v1.RoundWantedH\x00\x12\x38\n\x0e\x61\x64\x61pter_loaded\x18\x07 \x01(\x0b\x32\x1e.tandem.group.v1.AdapterLoadedH\x00\x42\t\n\x07message\"\x19\n\x05\x42\x65gin\x12\x10\n\x08settings\x18\x01 \x01(\t\"\xb8\x01\n\x07Prefill\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12\x14\n\x0chold_seconds\x18\x02 \x01(\x01\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x06prefix\x18\x04 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefixB\x13\n\x11_deadline_seconds\"\xcc\x01\n\x06\x44\x65\x63ode\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12)\n\x06source\x18\x02 \x01(\x0b\x32\x19.tandem.group.v1.KvSource\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x06prefix\x18\x04 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefixB\x13\n\x11_deadline_seconds\"@\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\"@\n\x07Proceed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"9\n\x0bLoadAdapter\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x1d\n\rUnloadAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\x04\"\x07\n\x05\x43lose\"\x97\x04\n\x0cJoinResponse\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.tandem.group.v1.BeginH\x00\x12\'\n\x05store\x18\x02 \x01(\x0b\x32\x16.tandem.group.v1.StoreH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.tandem.group.v1.PrefillH\x00\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x17.tandem.group.v1.DecodeH\x00\x12+\n\x07proceed\x18\x05 \x01(\x0b\x32\x18.tandem.group.v1.ProceedH\x00\x12)\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x17.tandem.group.v1.CancelH\x00\x12\'\n\x05round\x18\x07 \x01(\x0b\x32\x16.tandem.group.v1.RoundH\x00\x12\x38\n\x0b\x65xpert_plan\x18\x08 \x01(\x0b\x32!.tandem.coordinator.v1.ExpertPlanH\x00\x12\x34\n\x0cload_adapter\x18\t \x01(\x0b\x32\x1c.tandem.group.v1.LoadAdapterH\x00\x12\x38\n\x0eunload_adapter\x18\n \x01(\x0b\x32\x1e.tandem.group.v1.UnloadAdapterH\x00\x12\'\n\x05\x63lose\x18\x0b \x01(\x0b\x32\x16.tandem.group.v1.CloseH\x00\x42\t\n\x07message2W\n\x0cGroupService\x12G\n\x04Join\x12\x1c.tandem.group.v1.JoinRequest\x1a\x1d.tandem.group.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/group/v1/group.proto\x12\x0ftandem.group.v1\x1a\'tandem/coordinator/v1/coordinator.proto\x1a%tandem/generation/v1/generation.proto\x1a%tandem/kvtransfer/v1/kvtransfer.proto\"\'\n\x06Joined\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x18\n\x05Store\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"o\n\x05Ready\x12)\n\x04info\x18\x01 \x01(\x0b\x32\x1b.tandem.group.v1.EngineInfo\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x18.tandem.group.v1.Adapter\"\x93\x03\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x06layout\x18\x02 \x01(\x0b\x32\x1e.tandem.kvtransfer.v1.KvLayout\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x12\n\nvocabulary\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x10\n\x08numerics\x18\x08 \x01(\t\x12\x15\n\rkv_transports\x18\t \x03(\t\x12\x45\n\x0ekv_not_offered\x18\n \x03(\x0b\x32-.tandem.group.v1.EngineInfo.KvNotOfferedEntry\x12\x33\n\x07\x65xperts\x18\x0b \x01(\x0b\x32\".tandem.coordinator.v1.ExpertShape\x1a\x33\n\x11KvNotOfferedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xae\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x34\n\x08logprobs\x18\x03 \x03(\x0b\x32\".tandem.generation.v1.TokenLogprob\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".tandem.generation.v1.FinishReason\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\x12*\n\x02kv\x18\x06 \x01(\x0b\x32\x1e.tandem.generation.v1.KvReport\x12\x14\n\x0cprefill_done\x18\x07 \x01(\x08\x12\x0e\n\x06handle\x18\x08 \x01(\x0c\x12\x0e\n\x06number\x18\t \x01(\x04\"u\n\x07Outputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.tandem.group.v1.Output\x12\x31\n\x05stats\x18\x02 \x01(\x0b\x32\".tandem.coordinator.v1.WorkerStats\x12\r\n\x05taken\x18\x03 \x01(\x04\"\x1c\n\x0bRoundWanted\x12\r\n\x05round\x18\x01 \x01(\x04\"v\n\rAdapterLoaded\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x18.tandem.group.v1.Adapter\x12*\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1b.tandem.generation.v1.Error\"2\n\x07\x41\x64\x61pter\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\x97\x03\n\x0bJoinRequest\x12)\n\x06joined\x18\x01 \x01(\x0b\x32\x17.tandem.group.v1.JoinedH\x00\x12\'\n\x05store\x18\x02 \x01(\x0b\x32\x16.tandem.group.v1.StoreH\x00\x12\'\n\x05ready\x18\x03 \x01(\x0b\x32\x16.tandem.group.v1.ReadyH\x00\x12+\n\x07outputs\x18\x04 \x01(\x0b\x32\x18.tandem.group.v1.OutputsH\x00\x12\x34\n\tkv_events\x18\x05 \x01(\x0b\x32\x1f.tandem.coordinator.v1.KvEventsH\x00\x12\x34\n\x0cround_wanted\x18\x06 \x01(\x0b\x32\x1c.tandem.group.v1.RoundWantedH\x00\x12\x38\n\x0e\x61\x64\x61pter_loaded\x18\x07 \x01(\x0b\x32\x1e.tandem.group.v1.AdapterLoadedH\x00\x12-\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x1b.tandem.generation.v1.ErrorH\x00\x42\t\n\x07message\"\x19\n\x05\x42\x65gin\x12\x10\n\x08settings\x18\x01 \x01(\t\"\xb8\x01\n\x07Prefill\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12\x14\n\x0chold_seconds\x18\x02 \x01(\x01\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x06prefix\x18\x04 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefixB\x13\n\x11_deadline_seconds\"\xcc\x01\n\x06\x44\x65\x63ode\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".tandem.generation.v1.TokenRequest\x12)\n\x06source\x18\x02 \x01(\x0b\x32\x19.tandem.group.v1.KvSource\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x06prefix\x18\x04 \x01(\x0b\x32\x1e.tandem.generation.v1.KvPrefixB\x13\n\x11_deadline_seconds\"@\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08lease_id\x18\x03 \x01(\t\"@\n\x07Proceed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"9\n\x0bLoadAdapter\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\"\x1d\n\rUnloadAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\x04\"\x07\n\x05\x43lose\"\x97\x04\n\x0cJoinResponse\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.tandem.group.v1.BeginH\x00\x12\'\n\x05store\x18\x02 \x01(\x0b\x32\x16.tandem.group.v1.StoreH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.tandem.group.v1.PrefillH\x00\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x17.tandem.group.v1.DecodeH\x00\x12+\n\x07proceed\x18\x05 \x01(\x0b\x32\x18.tandem.group.v1.ProceedH\x00\x12)\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x17.tandem.group.v1.CancelH\x00\x12\'\n\x05round\x18\x07 \x01(\x0b\x32\x16.tandem.group.v1.RoundH\x00\x12\x38\n\x0b\x65xpert_plan\x18\x08 \x01(\x0b\x32!.tandem.coordinator.v1.ExpertPlanH\x00\x12\x34\n\x0cload_adapter\x18\t \x01(\x0b\x32\x1c.tandem.group.v1.LoadAdapterH\x00\x12\x38\n\x0eunload_adapter\x18\n \x01(\x0b\x32\x1e.tandem.group.v1.UnloadAdapterH\x00\x12\'\n\x05\x63lose\x18\x0b \x01(\x0b\x32\x16.tandem.group.v1.CloseH\x00\x42\t\n\x07message2W\n\x0cGroupService\x12G\n\x04Join\x12\x1c.tandem.group.v1.JoinRequest\x1a\x1d.tandem.group.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,39 +47,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINEINFO_KVNOTOFFEREDENTRY']._serialized_start=700
   _globals['_ENGINEINFO_KVNOTOFFEREDENTRY']._serialized_end=751
   _globals['_OUTPUT']._serialized_start=754
-  _globals['_OUTPUT']._serialized_end=1040
-  _globals['_OUTPUTS']._serialized_start=1042
-  _globals['_OUTPUTS']._serialized_end=1159
-  _globals['_ROUNDWANTED']._serialized_start=1161
-  _globals['_ROUNDWANTED']._serialized_end=1189
-  _globals['_ADAPTERLOADED']._serialized_start=1191
-  _globals['_ADAPTERLOADED']._serialized_end=1309
-  _globals['_ADAPTER']._serialized_start=1311
-  _globals['_ADAPTER']._serialized_end=1361
-  _globals['_JOINREQUEST']._serialized_start=1364
-  _globals['_JOINREQUEST']._serialized_end=1724
-  _globals['_BEGIN']._serialized_start=1726
-  _globals['_BEGIN']._serialized_end=1751
-  _globals['_PREFILL']._serialized_start=1754
-  _globals['_PREFILL']._serialized_end=1938
-  _globals['_DECODE']._serialized_start=1941
-  _globals['_DECODE']._serialized_end=2145
-  _globals['_KVSOURCE']._serialized_start=2147
-  _globals['_KVSOURCE']._serialized_end=2211
-  _globals['_PROCEED']._serialized_start=2213
-  _globals['_PROCEED']._serialized_end=2277
-  _globals['_CANCEL']._serialized_start=2279
-  _globals['_CANCEL']._serialized_end=2307
-  _globals['_LOADADAPTER']._serialized_start=2309
-  _globals['_LOADADAPTER']._serialized_end=2366
-  _globals['_UNLOADADAPTER']._serialized_start=2368
-  _globals['_UNLOADADAPTER']._serialized_end=2397
-  _globals['_ROUND']._serialized_start=2399
-  _globals['_ROUND']._serialized_end=2421
-  _globals['_CLOSE']._serialized_start=2423
-  _globals['_CLOSE']._serialized_end=2430
-  _globals['_JOINRESPONSE']._serialized_start=2433
-  _globals['_JOINRESPONSE']._serialized_end=2968
-  _globals['_GROUPSERVICE']._serialized_start=2970
-  _globals['_GROUPSERVICE']._serialized_end=3057
+  _globals['_OUTPUT']._serialized_end=1056
+  _globals['_OUTPUTS']._serialized_start=1058
+  _globals['_OUTPUTS']._serialized_end=1175
+  _globals['_ROUNDWANTED']._serialized_start=1177
+  _globals['_ROUNDWANTED']._serialized_end=1205
+  _globals['_ADAPTERLOADED']._serialized_start=1207
+  _globals['_ADAPTERLOADED']._serialized_end=1325
+  _globals['_ADAPTER']._serialized_start=1327
+  _globals['_ADAPTER']._serialized_end=1377
+  _globals['_JOINREQUEST']._serialized_start=1380
+  _globals['_JOINREQUEST']._serialized_end=1787
+  _globals['_BEGIN']._serialized_start=1789
+  _globals['_BEGIN']._serialized_end=1814
+  _globals['_PREFILL']._serialized_start=1817
+  _globals['_PREFILL']._serialized_end=2001
+  _globals['_DECODE']._serialized_start=2004
+  _globals['_DECODE']._serialized_end=2208
+  _globals['_KVSOURCE']._serialized_start=2210
+  _globals['_KVSOURCE']._serialized_end=2274
+  _globals['_PROCEED']._serialized_start=2276
+  _globals['_PROCEED']._serialized_end=2340
+  _globals['_CANCEL']._serialized_start=2342
+  _globals['_CANCEL']._serialized_end=2370
+  _globals['_LOADADAPTER']._serialized_start=2372
+  _globals['_LOADADAPTER']._serialized_end=2429
+  _globals['_UNLOADADAPTER']._serialized_start=2431
+  _globals['_UNLOADADAPTER']._serialized_end=2460
+  _globals['_ROUND']._serialized_start=2462
+  _globals['_ROUND']._serialized_end=2484
+  _globals['_CLOSE']._serialized_start=2486
+  _globals['_CLOSE']._serialized_end=2493
+  _globals['_JOINRESPONSE']._serialized_start=2496
+  _globals['_JOINRESPONSE']._serialized_end=3031
+  _globals['_GROUPSERVICE']._serialized_start=3033
+  _globals['_GROUPSERVICE']._serialized_end=3120
 # @@protoc_insertion_point(module_scope)

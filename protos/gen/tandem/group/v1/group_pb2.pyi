@@ -211,6 +211,7 @@ class Output(_message.Message):
     KV_FIELD_NUMBER: _builtins.int
     PREFILL_DONE_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     finish_reason: _generation_pb2.FinishReason.ValueType
@@ -219,6 +220,8 @@ class Output(_message.Message):
     """Its prefill is over."""
     handle: _builtins.bytes
     """What decode needs."""
+    number: _builtins.int
+    """Which of the leader's requests it was, counted from 1: ids may be used again."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens generated."""
@@ -246,10 +249,11 @@ class Output(_message.Message):
         kv: _generation_pb2.KvReport | None = ...,
         prefill_done: _builtins.bool = ...,
         handle: _builtins.bytes = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "kv", b"kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "handle", b"handle", "kv", b"kv", "logprobs", b"logprobs", "prefill_done", b"prefill_done", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish_reason", b"finish_reason", "handle", b"handle", "kv", b"kv", "logprobs", b"logprobs", "number", b"number", "prefill_done", b"prefill_done", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,6 +392,7 @@ class JoinRequest(_message.Message):
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     ROUND_WANTED_FIELD_NUMBER: _builtins.int
     ADAPTER_LOADED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def joined(self) -> Global___Joined:
         """First."""
@@ -416,6 +421,10 @@ class JoinRequest(_message.Message):
     def adapter_loaded(self) -> Global___AdapterLoaded:
         """An answer."""
 
+    @_builtins.property
+    def failed(self) -> _generation_pb2.Error:
+        """Last: why it ends."""
+
     def __init__(
         self,
         *,
@@ -426,12 +435,13 @@ class JoinRequest(_message.Message):
         kv_events: _coordinator_pb2.KvEvents | None = ...,
         round_wanted: Global___RoundWanted | None = ...,
         adapter_loaded: Global___AdapterLoaded | None = ...,
+        failed: _generation_pb2.Error | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "store", "ready", "outputs", "kv_events", "round_wanted", "adapter_loaded"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "store", "ready", "outputs", "kv_events", "round_wanted", "adapter_loaded", "failed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
