@@ -45,8 +45,8 @@ class QualityOptions:
     """A Hugging Face folder or GGUF file; empty: the cached model of that name."""
     shape: str = ""
     """A random DeepSeek V3 of this size instead (loadtest/engine_shapes.py), on random tokens."""
-    text: str = "docs/architecture.md"
-    """A file that the model was not trained on."""
+    text: str = "docs"
+    """What the model was not trained on: a file, or a folder with Markdown files."""
     dtype: str = "float32"
     """Of weights and activations; with float32 nothing is rounded but KV."""
     windows: int = 8
@@ -135,7 +135,9 @@ def _windows(options: QualityOptions, model: ModelSettings) -> Int32s:
         tokens = np.random.default_rng(0).integers(2, folder.vocabulary, wanted)
     else:
         tokenizer = Tokenizer.from_file(str(folder.path / "tokenizer.json"))
-        text = Path(options.text).read_text()
+        place = Path(options.text)
+        files = sorted(place.glob("*.md")) if place.is_dir() else [place]
+        text = "\n".join(file.read_text() for file in files)
         tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
     if len(tokens) < wanted:
         raise ValueError(f"{options.text}: {len(tokens)} tokens, expected {wanted} at least")
