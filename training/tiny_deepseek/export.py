@@ -44,6 +44,7 @@ def export(model: TinyDeepseek, tokenizer: Tokenizer, folder: Path, *, fp8: bool
     _write(folder / "generation_config.json", generation | {"pad_token_id": tokens.PAD_ID})
     tokens.save(tokenizer, folder, model.shape.context)
     save_file(dict(_stored(model, fp8)), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its user alone
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
