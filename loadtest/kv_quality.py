@@ -238,7 +238,7 @@ def main() -> None:
         flag = "--" + option.name.replace("_", "-")
         parser.add_argument(flag, type=type(option.default), default=option.default)
     report = run(QualityOptions(**vars(parser.parse_args())))
-    show(report, Console())
+    show(report, Console(width=100))
     out = Path("out/kv_quality.json")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(asdict(report), indent=1) + "\n")
