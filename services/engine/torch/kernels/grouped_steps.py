@@ -34,7 +34,7 @@ class GroupedSteps:
     ) -> None:
         """cosines, sines: float32 [positions, head_dim / 2]; epsilon: of the norms of heads."""
         self._shape = shape
-        self._layout = layout
+        self._layer_bytes = layout.layer_bytes
         self._dtype = dtype
         self._threads = threads
         self._capacity = 0
@@ -118,7 +118,7 @@ class GroupedSteps:
 
         norms: of queries and keys, float32 [head_dim] each.
         """
-        pool = self._pool + layer * self._layout.layer_bytes
+        pool = self._pool + layer * self._layer_bytes
         q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         self._rotate.set(qkv=qkv.data_ptr(), pool=pool, q_norm=q_norm, k_norm=k_norm)
         self._rotate.run(min(self._threads, -(-len(self._step.positions) // rows.TAKE)))

@@ -129,6 +129,7 @@ class LatentSteps:
         _check(shape, layout)
         self._shape = shape
         self._layout = layout
+        self._layer_bytes = layout.layer_bytes
         self._dtype = dtype
         self._threads = threads
         self._cosines, self._sines = cosines, sines
@@ -286,7 +287,7 @@ class LatentSteps:
         may be apart (a part of a wider, joined product), values in a row may not.
         """
         self._write.set(
-            pool=self._pool + layer * self._layout.layer_bytes,
+            pool=self._pool + layer * self._layer_bytes,
             norm=weights.norm.data_ptr(),
             kv=kv.data_ptr(),
             kv_bytes=kv.stride(0) * kv.element_size(),
@@ -305,7 +306,7 @@ class LatentSteps:
             keys=weights.keys.data_ptr(),
         )
         self._run(self._absorb, by_head)
-        self._attend.set(pool=self._pool + layer * self._layout.layer_bytes)
+        self._attend.set(pool=self._pool + layer * self._layer_bytes)
         self._run(self._attend, len(self._tasks.attends))
         if len(self._tasks.merges):
             self._run(self._merge, len(self._tasks.merges))

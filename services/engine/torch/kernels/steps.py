@@ -52,8 +52,9 @@ class Steps:
         self.state = torch.zeros((count, self._hidden), dtype=torch.float32)
         """The residual, float32 [room, hidden]."""
         self._normed = torch.zeros((count, self._hidden), dtype=self._dtype)
-        # Gates are of different widths; each takes of this what it needs.
+        # Gates are of different widths; each takes of one buffer what it needs.
         self._gated = torch.zeros(count * self._widest, dtype=self._dtype)
+        self._gates: dict[int, torch.Tensor] = {}
         self._normalize.set(state=self.state.data_ptr(), out=self._normed.data_ptr())
         self._gate.set(out=self._gated.data_ptr())
 
@@ -105,9 +106,11 @@ class Steps:
     def gate(self, both: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up [room, width], of gate and up side by side [rows, 2 * width]."""
         width = both.shape[1] // 2
+        if width not in self._gates:
+            self._gates[width] = self._gated[: self._capacity * width].view(-1, width)
         self._gate.set(both=both.data_ptr(), width=width)
         self._gate.run(self._team())
-        return self._gated[: self._capacity * width].view(self._capacity, width)
+        return self._gates[width]
 
 
 class Norm:
