@@ -6,7 +6,7 @@ import pytest
 
 from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch.config import ModelConfig
-from services.engine.torch.model import LlamaModel
+from services.engine.torch.model import TorchModel
 from services.engine.torch.rope import Rope, scaled_frequencies
 from tests.unit.engine_torch import torch_models
 
@@ -82,7 +82,7 @@ def test_llama3_scaling_has_three_ranges():
 
 
 def load(folder, **options):
-    return LlamaModel.load(folder, **{"dtype": "float32", "threads": 1, **options})
+    return TorchModel.load(folder, **{"dtype": "float32", "threads": 1, **options})
 
 
 def test_a_sharded_folder_is_the_same_model(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.engine.models.errors import NotInvariantError
 from services.engine.torch import numerics
-from services.engine.torch.model import LlamaModel
+from services.engine.torch.model import TorchModel
 from services.engine.torch.numerics import (
     RowRule,
     Rules,
@@ -45,12 +45,12 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folders):
     """Models by (shape, dtype, KV dtype, block tokens, threads), each loaded once."""
-    loaded: dict[tuple[object, ...], LlamaModel] = {}
+    loaded: dict[tuple[object, ...], TorchModel] = {}
 
     def get(shape="group 3", dtype="bfloat16", kv="fp8_e4m3", block_tokens=16, threads=2):
         key = (shape, dtype, kv, block_tokens, threads)
         if key not in loaded:
-            loaded[key] = LlamaModel.load(
+            loaded[key] = TorchModel.load(
                 folders[shape],
                 dtype=dtype,
                 kv_dtype=kv,
@@ -177,7 +177,7 @@ def test_numbers_of_others_that_are_none_stay_theirs(model, expected):
 def test_equal_numerics_need_equal_weights_and_dtypes(model, tmp_path):
     digests = {model(dtype=d, kv=k).numerics for d in DTYPES for k in KV_DTYPES}
     assert len(digests) == 6
-    other = LlamaModel.load(torch_models.write(tmp_path, rms_norm_eps=1e-4), threads=2)
+    other = TorchModel.load(torch_models.write(tmp_path, rms_norm_eps=1e-4), threads=2)
     assert other.numerics not in digests
 
 
@@ -244,7 +244,7 @@ def test_no_more_rows_at_once_than_were_probed(count, rule):
 def test_long_steps_are_short_ones(tmp_path):
     """A step of more rows than are computed at once."""
     folder = torch_models.write(tmp_path, max_position_embeddings=2048)
-    model = LlamaModel.load(folder, threads=2)
+    model = TorchModel.load(folder, threads=2)
     (sequence,) = sequences(model, [1300])
     parts = [advance(model, [(sequence, n)])[0] for n in (500, 30, 1, 769)]
     assert np.array_equal(np.concatenate(parts), whole(model, 1300))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.torch.model import Batch, LlamaModel
+from services.engine.torch.model import Batch, TorchModel
 from tests.unit.engine_torch import torch_models
 from tests.unit.engine_torch.torch_models import advance, sequences
 
@@ -48,7 +48,7 @@ def peer(folder, dtype=torch.float32):
 @pytest.mark.parametrize("name", MODELS)
 def test_tiny_models_agree(tmp_path, name):
     folder = torch_models.write(tmp_path, **MODELS[name])
-    model = LlamaModel.load(folder, dtype="float32", kv_dtype="float32", threads=2)
+    model = TorchModel.load(folder, dtype="float32", kv_dtype="float32", threads=2)
     (sequence,) = sequences(model, [300])
     found = np.concatenate([advance(model, [(sequence, n)])[0] for n in (100, 1, 199)])
     with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_tiny_models_agree(tmp_path, name):
 def test_rounded_numbers_stay_close(tmp_path, dtype, kv, share):
     """Root mean square error of logits, as a share of theirs."""
     folder = torch_models.write(tmp_path)
-    model = LlamaModel.load(folder, dtype=dtype, kv_dtype=kv, threads=2)
+    model = TorchModel.load(folder, dtype=dtype, kv_dtype=kv, threads=2)
     (sequence,) = sequences(model, [200])
     (found,) = advance(model, [(sequence, 200)])
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def test_rounded_numbers_stay_close(tmp_path, dtype, kv, share):
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < share
 
 
-def greedy(model: LlamaModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+def greedy(model: TorchModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     """`count` tokens after each prompt, all of them in one batch."""
     width = max(model.layout.blocks_for(len(p) + count) for p in prompts)
     tables = np.arange(len(prompts) * width, dtype=np.int32).reshape(len(prompts), width)
@@ -132,7 +132,7 @@ def test_the_real_model_says_the_same_64_tokens_on_20_prompts(smollm):
     prompts = [
         tokenizer(f"Question: what is the {q}?\nAnswer: it is")["input_ids"] for q in QUESTIONS
     ]
-    model = LlamaModel.load(smollm, dtype="float32", kv_dtype="float32")
+    model = TorchModel.load(smollm, dtype="float32", kv_dtype="float32")
     found = greedy(model, prompts, 64)
     theirs = peer(smollm)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvtransfer import codecs
-from services.engine.torch.model import LlamaModel
+from services.engine.torch.model import TorchModel
 from tests.unit.engine_torch import torch_models
 from tests.unit.engine_torch.torch_models import advance, batch, sequences
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return LlamaModel.load(folder, block_tokens=8, threads=2, model_name="m")
+    return TorchModel.load(folder, block_tokens=8, threads=2, model_name="m")
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_writes_its_own_tokens_and_nothing_else(model):
 
 def test_stores_fp8_as_the_reference_does(folder):
     """What fp8 holds is the codec's rounding of what a float32 pool holds (layer 0)."""
-    exact = LlamaModel.load(folder, kv_dtype="float32", block_tokens=8, threads=1)
-    small = LlamaModel.load(folder, kv_dtype="fp8_e4m3", block_tokens=8, threads=1)
+    exact = TorchModel.load(folder, kv_dtype="float32", block_tokens=8, threads=1)
+    small = TorchModel.load(folder, kv_dtype="fp8_e4m3", block_tokens=8, threads=1)
     found = {}
     for model in (exact, small):
         (sequence,) = sequences(model, [8])
@@ -131,7 +131,7 @@ def test_refuses_bad_batches_and_leaves_the_pool(model):
 
 
 def test_needs_a_pool_that_fits(folder):
-    model = LlamaModel.load(folder, threads=1, batch_invariant=False)
+    model = TorchModel.load(folder, threads=1, batch_invariant=False)
     assert model.numerics == ""
     with pytest.raises(ValueError, match="bind"):
         model.forward(batch([(torch_models.Sequence(np.zeros(1, np.int32), np.zeros(1)), 1)]))
@@ -141,7 +141,7 @@ def test_needs_a_pool_that_fits(folder):
 
 
 def test_without_invariance_numbers_are_as_good(folder, model):
-    loose = LlamaModel.load(folder, block_tokens=8, threads=2, batch_invariant=False)
+    loose = TorchModel.load(folder, block_tokens=8, threads=2, batch_invariant=False)
     found = torch_models.whole(loose, 50)
     np.testing.assert_allclose(found, torch_models.whole(model, 50), rtol=0, atol=0.5)
 

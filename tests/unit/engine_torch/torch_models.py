@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from services.engine.torch.model import Batch, LlamaModel
+from services.engine.torch.model import Batch, TorchModel
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,7 +93,7 @@ class Sequence:
     done: int = 0
 
 
-def sequences(model: LlamaModel, lengths: list[int], seed: int = 0) -> list[Sequence]:
+def sequences(model: TorchModel, lengths: list[int], seed: int = 0) -> list[Sequence]:
     """Random tokens, in blocks drawn at random from a fresh pool full of rubbish."""
     random = np.random.default_rng(seed)
     counts = [model.layout.blocks_for(n) for n in lengths]
@@ -128,7 +128,7 @@ def batch(parts: list[tuple[Sequence, int]]) -> Batch:
     )
 
 
-def advance(model: LlamaModel, parts: list[tuple[Sequence, int]]) -> list[np.ndarray]:
+def advance(model: TorchModel, parts: list[tuple[Sequence, int]]) -> list[np.ndarray]:
     """One step; logits [rows, vocabulary] of each part."""
     logits = model.forward(batch(parts))
     for sequence, count in parts:
@@ -136,7 +136,7 @@ def advance(model: LlamaModel, parts: list[tuple[Sequence, int]]) -> list[np.nda
     return np.split(logits, np.cumsum([count for _, count in parts])[:-1])
 
 
-def whole(model: LlamaModel, length: int) -> np.ndarray:
+def whole(model: TorchModel, length: int) -> np.ndarray:
     """Logits of a sequence of that length, computed alone and in one step."""
     (sequence,) = sequences(model, [length])
     (logits,) = advance(model, [(sequence, length)])
