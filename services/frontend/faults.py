@@ -13,9 +13,12 @@ FULL = frozenset({"ENGINE_OVERLOADED", "ROLE_CHANGED"})
 """The worker is well, and will do once it has room, or for the other half of the work: the
 coordinator knows to wait for that."""
 
+LEAVING = frozenset({"DRAINING"})
+"""The worker goes, as was meant to be: that is nobody's failure."""
+
 REFUSALS = 10
-"""By workers that are full, which weigh as much as one failure: two coordinators may give the same
-room away, and each learns it from the worker, once a heartbeat."""
+"""By workers that are full or leave, which weigh as much as one failure: two coordinators may give
+the same room away, and each learns it from the worker, once a heartbeat."""
 
 SOURCE = frozenset(
     {"KV_SOURCE_LOST", "LAYOUT_MISMATCH", "NO_TRANSPORT", "KV_REGION_DENIED", "KV_WRONG_TENANT"}
@@ -34,15 +37,24 @@ def excludes(error: TandemError) -> bool:
     return error.reason not in FULL
 
 
+def weighs(error: TandemError) -> bool:
+    """It counts as a failure, of which a request survives few."""
+    return error.reason not in FULL | LEAVING
+
+
 def blames_source(error: TandemError) -> bool:
     """A decode worker's error that is about the attempt's prefill worker."""
     return error.reason in SOURCE
 
 
 def given_up(error: TandemError, attempts: int) -> TandemError:
-    """The last attempt's error, which is now the request's."""
+    """The last attempt's error, which is now the request's.
+
+    That one worker leaves is nothing to a client: to it, no worker was there for long enough.
+    """
     message = f"{error.message} (the last of {attempts} placements)"
-    told = by_reason(error.reason, message, {**error.metadata, "attempts": str(attempts)})
+    reason = NoWorkersError.reason if error.reason in LEAVING else error.reason
+    told = by_reason(reason, message, {**error.metadata, "attempts": str(attempts)})
     told.code = error.code
     return told
 

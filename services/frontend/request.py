@@ -77,6 +77,7 @@ from services.frontend.faults import (
     given_up,
     is_final,
     no_more_workers,
+    weighs,
 )
 from services.frontend.output import Limits, Output, Text
 from services.frontend.patience import Debt
@@ -175,7 +176,7 @@ class Request:
             ends = [] if self.successor is None else self._abandon(self.successor)
             return self._end(now, [*ends, Fail(error)])
         self.last_error = error
-        if excludes(error):
+        if weighs(error):
             self.failures += 1
         else:
             self.refusals += 1

@@ -213,6 +213,17 @@ def test_refusals_of_full_workers_weigh_little_but_not_nothing():
     assert last.error.reason == "ENGINE_OVERLOADED"
 
 
+def test_workers_that_leave_are_excluded_and_not_counted_as_failures():
+    core = start(max_attempts=1)
+    for attempt in range(REFUSALS - 1):
+        core.handle(e.Placed(attempt, placement("")), 1.0)
+        last = core.handle(lost(attempt, e.Role.DECODE, "DRAINING"), 2.0)[-1]
+        assert last == e.Place(attempt + 1, ("d0",))
+    core.handle(e.Placed(REFUSALS - 1, placement("")), 1.0)
+    last = core.handle(lost(REFUSALS - 1, e.Role.DECODE, "DRAINING"), 2.0)[-1]
+    assert (last.error.reason, last.error.metadata["attempts"]) == ("NO_WORKERS", str(REFUSALS))
+
+
 def test_a_silent_worker_is_told():
     core = start()
     core.handle(e.Placed(0, placement("")), 1.0)
