@@ -375,7 +375,8 @@ class Desk:
     def _refuse_late(self, entry: Waiting, now: float) -> None:
         self.queue.remove(entry.ticket)
         want, waited = entry.request, now - entry.since
-        if want.ttft_seconds and waited >= want.ttft_seconds:
+        # Not by `waited`: it may be rounded to less than the limit that has been reached.
+        if want.ttft_seconds and now >= entry.since + want.ttft_seconds:
             words = f"no worker had room in the {waited:.3f} s in which the first token was wanted"
             retry = self._rate.retry_seconds(len(self.queue), now)
             self._refuse(entry, m.Refusal(m.Reason.SLO_UNATTAINABLE, words, retry), now)

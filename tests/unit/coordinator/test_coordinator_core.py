@@ -242,6 +242,20 @@ class TestRefusals:
         cluster.wait(6, beat=["decode-0"])
         assert cluster.answers[given_up].refusal.reason is R.INVALID_REQUEST
 
+    def test_a_first_token_that_is_late_by_less_than_rounding_is_told_as_late(self, cluster):
+        cluster.worker("decode-0", max_running=1, total_blocks=16)
+        cluster.now += 3.3 - cluster.now % 1
+        cluster.beat("decode-0", free_blocks=0, running=1, waiting=5)
+        since, wanted = cluster.now, 0.1
+        while (since + wanted) - since >= wanted:
+            wanted += 0.1
+        ticket = cluster.ask(ttft_seconds=wanted)
+        assert ticket not in cluster.answers
+        cluster.now = since + wanted
+        cluster.beat("decode-0", free_blocks=0, running=1, waiting=5)
+        cluster.do(m.Tick())
+        assert cluster.answers[ticket].refusal.reason is R.SLO_UNATTAINABLE
+
     def test_too_late_already(self, cluster):
         cluster.worker("decode-0")
         assert cluster.refuse(timeout=0.0).reason is R.DEADLINE
