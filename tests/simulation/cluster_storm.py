@@ -20,7 +20,8 @@ from tests.simulation.cluster_weather import Weather
 from tests.simulation.cluster_worker import Shape, Worker
 
 STORM_SECONDS = 3.0
-CALM_SECONDS = 3.0
+CALM_SECONDS = 3.5
+"""A stream that is cut is given up after 1 s, a new one begun 2 s later, and then accepted."""
 LEASE_SECONDS = 1.5
 KV_LEASE_SECONDS = 1.0
 LONGEST_SECONDS = 60.0

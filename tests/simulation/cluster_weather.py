@@ -165,7 +165,10 @@ class Weather:
         self.world.cut(*some, seconds)
 
     def break_stream(self):
-        process = self.random.choice(self.world.processes())
+        processes = self.world.processes()
+        if not processes:  # all of them are down
+            return
+        process = self.random.choice(processes)
         if process.streams:
             self.world.disturb(process)
             self.random.choice(list(process.streams)).break_off()
