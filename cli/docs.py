@@ -18,7 +18,12 @@ from services.engine.models import errors as model_errors
 from services.runtime import errors
 from services.runtime.describe import allowed, fields, sections, show
 from services.runtime.load import OTHER_VARIABLES
-from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
+from services.runtime.settings import (
+    CoordinatorProcess,
+    FrontendProcess,
+    RankProcess,
+    WorkerProcess,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -26,6 +31,7 @@ READERS: dict[type[BaseModel], str] = {
     CoordinatorProcess: "coordinator",
     FrontendProcess: "frontend",
     WorkerProcess: "workers",
+    RankProcess: "ranks started by hand",
 }
 
 ROOTS: dict[type[Exception], str] = {

@@ -17,7 +17,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from services.runtime.describe import allowed, fields, is_tuple, sections, show
-from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
+from services.runtime.settings import (
+    CoordinatorProcess,
+    FrontendProcess,
+    RankProcess,
+    WorkerProcess,
+)
 
 PREFIX = "TANDEM_"
 
@@ -26,7 +31,12 @@ CONFIG_VARIABLE = "TANDEM_CONFIG"
 OTHER_VARIABLES = {CONFIG_VARIABLE: "Settings file, where no --config is given."}
 """Variables that are not settings of a process."""
 
-PROCESSES: tuple[type[BaseModel], ...] = (CoordinatorProcess, FrontendProcess, WorkerProcess)
+PROCESSES: tuple[type[BaseModel], ...] = (
+    CoordinatorProcess,
+    FrontendProcess,
+    WorkerProcess,
+    RankProcess,
+)
 
 ProcessT = TypeVar("ProcessT", bound=BaseModel)
 

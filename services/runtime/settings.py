@@ -137,9 +137,9 @@ class EngineSettings(_Section):
         1,
         ge=1,
         le=1024,
-        description="Data-parallel ranks, each a process with its own requests and KV pool, and with "
-        "its share of the experts where the model has any. What is said here of the pool and of "
-        "requests is of one rank; threads are shared among them.",
+        description="Data-parallel ranks, each a process with its own requests and KV pool, and "
+        "with its share of the experts where the model has any. What is said here of the pool and "
+        "of requests is of one rank; threads are shared among them.",
     )
     redundant_experts: int = Field(
         0,
@@ -148,16 +148,10 @@ class EngineSettings(_Section):
         description="With engine.ranks: places a layer has beyond one for each expert, for second "
         "copies of busy ones. Places must divide evenly among the ranks.",
     )
-    tensor_parallel: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Processes that share the linear layers of every step, for prefill.",
-    )
     group_address: Annotated[str, Field(pattern=r"^([^,\s]+:[0-9]+)?$")] = Field(
         "",
-        description="host:port at which the ranks of this worker meet it, for ranks on other hosts, "
-        "each started there (`tandem serve rank`). Empty: they are started on this host.",
+        description="host:port at which the ranks of this worker meet it, for ranks on other "
+        "hosts, each started there (`tandem serve rank`). Empty: they are started on this host.",
     )
     draft_tokens: int = Field(
         1,

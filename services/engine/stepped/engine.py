@@ -264,6 +264,7 @@ class SteppedEngine:
             )
         check_plan(experts.shape, experts.map, plan, moves)
         experts.move(plan, moves)
+        self._inbox.nudge()
 
     def call_round(self, number: int) -> None:
         """Another rank waits for this round: see rounds.py."""

@@ -1,6 +1,6 @@
 """Experts shared by ranks: the bits of one process, wherever replicas are, and while they move.
 
-Ranks are threads here, each with a model and a mesh of its own, over real connections.
+Ranks are threads here, each with a model, a mesh and an address of its own, as on several hosts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rank:
         part = Part(
             number,
             ranks.count,
-            "127.0.0.1",
+            f"127.0.0.{number + 1}",
             ranks.address.set_result,
             lambda: ranks.address.result(WAIT),
             ranks.call,
