@@ -121,7 +121,7 @@ def load(folder: Path) -> TinyDeepseek:
     with torch.no_grad():
         for name, place in released_places(model):
             value, scales = stored[name], stored.get(name + "_scale_inv")
-            place.copy_(value if scales is None else dequantize(value, scales).bfloat16())
+            place.copy_(value if scales is None else dequantize(value, scales))
     return model.eval()
 
 

@@ -29,7 +29,7 @@ SHIPPED = {
         ShippedModel(
             name="tiny-deepseek",
             context_tokens=4096,
-            licence="Apache-2.0; corpus: see its README",
+            licence="Apache-2.0",
             about="DeepSeek V3 in small, 10M parameters: for tests and demos",
         ),
     )
