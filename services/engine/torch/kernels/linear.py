@@ -82,6 +82,8 @@ class _Own:
         self._ticket = np.zeros(1, np.int64)
         self._scratch = np.zeros(0, np.uint8)
         self._parts = np.arange(MOST_ROWS, dtype=np.int32)
+        self._all = np.zeros(2, np.int32)
+        self._all_at = self._all.ctypes.data
         self._call = Call(
             experts.apply,
             experts.APPLY,
@@ -106,18 +108,16 @@ class _Own:
         rows, threads = len(x), torch.get_num_threads()
         if len(self._scratch) < threads * experts.TILE_BYTES:
             self._scratch = np.zeros(threads * experts.TILE_BYTES, np.uint8)
+            self._call.set(scratch=self._scratch.ctypes.data)
         # Few columns and many rows: threads share the columns' blocks.
         parts = max(1, min(-(-ITEMS * threads // self._blocks), rows // ROWS_AT_ONCE))
-        starts = np.linspace(0, rows, parts + 1).astype(np.int32)
+        self._all[1], starts_at = rows, self._all_at
+        if parts > 1:
+            starts = np.linspace(0, rows, parts + 1).astype(np.int32)
+            starts_at = starts.ctypes.data
         out = x.new_empty((rows, self.outputs))
         self._ticket[0] = 0
-        self._call.set(
-            chosen_count=parts,
-            x=x.data_ptr(),
-            starts=starts.ctypes.data,
-            out=out.data_ptr(),
-            scratch=self._scratch.ctypes.data,
-        )
+        self._call.set(chosen_count=parts, x=x.data_ptr(), starts=starts_at, out=out.data_ptr())
         self._call.run(min(threads, parts * self._blocks))
         return out
 
