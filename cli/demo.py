@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import math
@@ -19,7 +20,7 @@ from cli.cluster import LocalCluster
 from cli.output import INTERRUPTED, CommandError
 from cli.screen import opened
 from cli.up import started, unless
-from cli.view import duration, size
+from cli.view import drafts, duration, size
 from services.runtime.client import Ask, CallFailedError, Client, End, Piece, Turn
 from services.runtime.process import Stop
 
@@ -39,11 +40,13 @@ class Scene:
     """What a model is shown with. expected: what its answer to PROMPT names; empty: who knows.
 
     settings: of every process, over FOR_A_SHORT_PROMPT. decode: of the decode workers only.
+    drafts: whether it drafts, by multi-token prediction.
     """
 
     expected: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     decode: Mapping[str, str] = field(default_factory=dict)
+    drafts: bool = False
 
 
 SCENES = {
@@ -51,9 +54,15 @@ SCENES = {
     # Half as many tokens make the same question, so that blocks are halved too. Decode workers are
     # what they are for a large DeepSeek: ranks that share out the experts.
     "tiny-deepseek": Scene(
-        expected=EXPECTED, settings={"engine.block_tokens": "8"}, decode={"engine.ranks": "2"}
+        expected=EXPECTED,
+        settings={"engine.block_tokens": "8"},
+        decode={"engine.ranks": "2"},
+        drafts=True,
     ),
 }
+
+REPORTS_SECONDS = 1.5
+"""After which the coordinator has heard from every worker what came of its drafts."""
 
 
 class DemoFailedError(CommandError):
@@ -122,7 +131,7 @@ async def demo(show: Show, stop: Stop) -> int:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_exit(cluster)
         try:
-            told = await unless(stop, _ask_twice(console, cluster, show.prompt))
+            told = await unless(stop, _ask_twice(console, cluster, show))
         except CallFailedError as error:
             raise DemoFailedError(f"{explain(error)}\nlogs: {cluster.logs}") from None
         if told is None:
@@ -137,14 +146,19 @@ async def demo(show: Show, stop: Stop) -> int:
     return 0
 
 
-async def _ask_twice(console: Console, cluster: LocalCluster, prompt: str) -> tuple[Told, Told]:
-    async with Client(cluster.address("frontend")) as client:
-        console.print(f"\n> {prompt}", style="bold", markup=False)
-        first = await _ask(client, prompt)
+async def _ask_twice(console: Console, cluster: LocalCluster, show: Show) -> tuple[Told, Told]:
+    coordinators = ",".join(cluster.addresses("coordinator"))
+    async with Client(cluster.address("frontend"), coordinators) as client:
+        console.print(f"\n> {show.prompt}", style="bold", markup=False)
+        first = await _ask(client, show.prompt)
         console.print("\n\n> (the same again)", style="bold")
-        again = await _ask(client, prompt)
-    console.print("\n")
-    console.print(_table(first, again))
+        again = await _ask(client, show.prompt)
+        console.print("\n")
+        console.print(_table(first, again))
+        if show.scene.drafts:
+            await asyncio.sleep(REPORTS_SECONDS)
+            for line in drafts(await client.status()):
+                console.print(line, soft_wrap=True)
     return first, again
 
 

@@ -416,6 +416,10 @@ def test_the_demo_knows_the_answer_to_its_own_question():
     show = Show(PROMPT, 0, 1, {}, None, keep=False)
     assert "Tokyo" in _failure(show, Told(text="Paris."), Told())
     assert "Tokyo" not in _failure(show, Told(text="It is Tokyo."), Told())
+    assert "Tokyo" in _failure(replace(show, model="tiny-deepseek"), Told(text="Paris."), Told())
+    assert "Tokyo" not in _failure(replace(show, model="another"), Told(text="Paris."), Told())
+    makes_up = replace(show, settings={"engine.kind": "scripted"})
+    assert "Tokyo" not in _failure(makes_up, Told(text="Paris."), Told())
 
 
 @pytest.mark.model
