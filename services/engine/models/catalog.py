@@ -1,4 +1,4 @@
-"""The models that `tandem models` knows: those to fetch, pinned to exact bytes, and those shipped."""
+"""The models that `tandem models` knows: those to fetch, pinned to exact bytes, and those here."""
 
 from __future__ import annotations
 
