@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cli.output import fail, plain_errors
+from cli.output import plain_errors
 from services.engine.models import cache, catalog, inventory
 from services.engine.models import convert as conversion
 from services.engine.models.convert import Watch
@@ -94,8 +94,6 @@ def check(
         found = [e for e in inventory.entries(cache.cache_folder(os.environ)) if _wanted(e, name)]
         if name and not found:
             catalog.find(name)
-        if not found:
-            fail("no model is here yet; `tandem models fetch` brings one")
         damaged = [entry.name for entry in found if not _is_whole(entry)]
     if damaged:
         raise typer.Exit(1)

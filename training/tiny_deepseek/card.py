@@ -64,7 +64,7 @@ The weights are under Tandem's licence.
 
 {tokens:.1f} million tokens in {steps} steps, {minutes:.0f} minutes of two threads of a shared
 CPU: Muon for matrices, AdamW for the rest, no loss for balance (a bias on each expert's score
-follows its load). Again, in a folder OUT:
+follows its load). Rates fall by the clock, so no two runs are alike. Again, in a folder OUT:
 
 ```console
 $ python -m training.tiny_deepseek --out OUT --minutes {minutes:.0f}
@@ -76,10 +76,11 @@ $ python -m training.tiny_deepseek.ship --out OUT FOLDER
 Of this folder, on held-out text: {windows} windows of {length} tokens a domain (`python -m
 training.tiny_deepseek.evaluate`). Agreed: share of positions where the prediction layer's
 likeliest token is the model's own, which is what greedy decoding accepts. Load: rows of the
-busiest expert over the mean, the mean over the layers.
+busiest expert over the mean, the mean over the layers. Long: bits a byte in windows of
+{long_length} tokens, most of it beyond what was trained.
 
-| domain | loss, nats a token | bits a byte | before FP8 | agreed | load |
-|---|---|---|---|---|---|
+| domain | loss, nats a token | bits a byte | before FP8 | long | agreed | load |
+|---|---|---|---|---|---|---|
 {figures}
 
 Greedy answers:
@@ -94,7 +95,10 @@ Greedy continuations:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A training, and what came out. before: the figures of the weights that were not rounded."""
+    """A training, and what came out.
+
+    before: the figures of the weights that were not rounded; long: those of long windows.
+    """
 
     shape: Shape
     parameters: int
@@ -106,6 +110,7 @@ class Run:
     packages: Mapping[str, str]
     before: Mapping[str, Figures]
     after: Mapping[str, Figures]
+    long: Mapping[str, Figures]
     answers: Sequence[tuple[str, str]]
     continuations: Sequence[tuple[str, str]]
 
@@ -138,6 +143,7 @@ def card(run: Run) -> str:
         minutes=run.minutes,
         windows=WINDOWS,
         length=LENGTH,
+        long_length=shape.context,
         figures="\n".join(_figure_rows(run)),
         answers="\n".join(f"- {question} *{text.strip()}*" for question, text in run.answers),
         continuations="\n\n".join(f"```\n{a}{b.rstrip()}\n```" for a, b in run.continuations),
@@ -154,7 +160,7 @@ def _corpus_rows(run: Run) -> list[str]:
 
 def _figure_rows(run: Run) -> list[str]:
     return [
-        f"| {name} | {f.loss:.3f} | {f.bits:.3f} | {run.before[name].bits:.3f} | {f.agreed:.3f} "
-        f"| {f.load:.2f} |"
+        f"| {name} | {f.loss:.3f} | {f.bits:.3f} | {run.before[name].bits:.3f} "
+        f"| {run.long[name].bits:.3f} | {f.agreed:.3f} | {f.load:.2f} |"
         for name, f in run.after.items()
     ]

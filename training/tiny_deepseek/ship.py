@@ -17,6 +17,7 @@ from training.tiny_deepseek.model import TinyDeepseek
 from training.tiny_deepseek.shape import Shape
 
 _MOST_TOKENS = 48
+_LONG_WINDOWS = 4
 _MANIFEST = "tandem.json"
 
 
@@ -38,6 +39,7 @@ def ship(out: Path, folder: Path) -> None:
         packages=found.packages,
         before=evaluate(trained, found),
         after=evaluate(shipped, found),
+        long=evaluate(shipped, found, _LONG_WINDOWS, trained.shape.context),
         answers=[(q, _say(shipped, found.tokenizer, _question(q))) for q in QUESTIONS],
         continuations=[(t, _say(shipped, found.tokenizer, tokens.BEGIN + t)) for t in OPENINGS],
     )

@@ -51,11 +51,22 @@ def test_an_unknown_name() -> None:
         assert f"`tandem models` knows {NAME}" in output
 
 
-def test_nothing_to_check() -> None:
+def test_what_was_not_fetched_is_not_checked() -> None:
     status, output = asked("check")
-    assert status == 1
-    assert "no model is here yet; `tandem models fetch` brings one" in output
+    assert status == 0
+    assert "tiny-deepseek: whole" in output
+    assert NAME not in output
     assert asked("check", NAME)[0] == 1
+
+
+def test_a_model_that_comes_with_tandem_needs_no_fetching(cache: Path) -> None:
+    status, output = asked("fetch", "tiny-deepseek")
+    assert status == 0
+    assert "comes with Tandem" in output
+    assert not cache.exists()
+    line = next(line for line in asked()[1].splitlines() if line.startswith("tiny-deepseek"))
+    assert "ready" in line
+    assert "4096" in line
 
 
 def test_a_wrong_file_is_not_taken(cache: Path, tiny_gguf: Path) -> None:
