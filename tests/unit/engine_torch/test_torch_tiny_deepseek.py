@@ -1,10 +1,12 @@
 """The engine on the DeepSeek that comes with Tandem, against the code that trained it."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from services.engine.models.shipped import SHIPPED
 from services.engine.torch.model import TorchModel
@@ -54,6 +56,21 @@ def test_the_engine_computes_what_was_trained(folder, trained, ids):
         out = trained(torch.from_numpy(ids.astype(np.int64))[None], draft=True)
     for mine, theirs in zip(found, (out.logits[0].numpy(), out.drafts[0].numpy()), strict=True):
         assert np.abs(mine - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.peer
+def test_the_engine_computes_what_transformers_does(folder, trained, ids, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = trained.shape.config() | {"torch_dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {name: value.contiguous() for name, value in export.released(trained)}
+    save_file(weights, tmp_path / export.WEIGHTS, metadata={"format": "pt"})
+    peer = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()
+    found, _ = logits(folder, ids, dtype="float32", kv_dtype="float32")
+    with torch.inference_mode():
+        expected = peer(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].numpy()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.array_equal(found.argmax(-1), expected.argmax(-1))
 
 
 def test_rounded_numbers_cost_little(folder, trained, ids):
