@@ -10,6 +10,7 @@ import pytest
 from services.engine.api import FirstTokens, Hold, Request
 from services.engine.build import build
 from services.engine.models.errors import UnsupportedAdapterError
+from services.engine.stepped.inbox import Cancel, ChangeAdapter, Command, Inbox
 from services.runtime.errors import AdapterLimitError, AdapterNotLoadedError, InvalidRequestError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
 from tests.contract.test_engine import GREEDY, SAMPLED, Worker, eventually, prompt
@@ -145,6 +146,23 @@ async def test_weights_stay_for_those_that_have_them(new, root):
     assert await generate(worker, "base", prompt(9), GREEDY, "")
     assert worker.engine.adapters() == []
     await worker.settled()
+
+
+async def test_weights_are_dropped_after_those_who_have_them_were_cancelled(new, monkeypatch):
+    worker = await new()
+    told = []
+    put = Inbox.put
+
+    def recorded(inbox: Inbox, command: Command) -> None:
+        told.append(type(command))
+        put(inbox, command)
+
+    monkeypatch.setattr(Inbox, "put", recorded)
+    worker.engine.decode(Request("r", prompt(5), LONG, adapter=adapters(worker)["a"]), None)
+    worker.engine.unload_adapter("a")
+    worker.engine.cancel("r")
+    # A step between the last two must not name an adapter that is gone.
+    assert told == [Cancel, ChangeAdapter]
 
 
 async def test_what_can_not_be_loaded_changes_nothing(new, root):

@@ -248,12 +248,12 @@ class SteppedEngine:
         if live is None:
             self._store.release_lease(request_id)
             return
-        self._adapters.end(live.adapter)
         held = self._guiding.cancel(live.serial)
         if held is None:
             self._inbox.put(Cancel(live.serial, request_id))
         else:
             self._release(held)
+        self._adapters.end(live.adapter)  # Which may drop its weights: after the last step with it.
 
     def update_experts(self, plan: ExpertMap, moves: Seq[ExpertMove]) -> None:
         """Copies experts until they are where the plan says, between two steps."""
