@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.engine.adapters import Adapter, AdapterFiles, AdapterLimits
+from services.engine.adapters import WEIGHTS, Adapter, AdapterFiles, AdapterLimits
 from services.engine.models.errors import UnsupportedAdapterError
 from services.engine.torch.kernels import lora
 from services.engine.torch.kernels.linear import Linear
@@ -180,12 +180,21 @@ class LoraAdapters:
             up = torch.zeros((place.outputs, own))
             up[:, : module.rank] = module.up * module.scale
             downs.append(down)
-            ups.append(lora.pack(up.to(self._dtype)))
+            ups.append(lora.pack(self._held(up)))
             parts += [place.column, place.outputs, rank, own, ups[-1].data_ptr()]
             rank += own
-        all_down = lora.pack(torch.cat(downs).to(self._dtype))
+        all_down = lora.pack(self._held(torch.cat(downs)))
         table = np.array([all_down.data_ptr(), rank, len(some), *parts], np.int64)
         return table, [all_down, *ups], rank
+
+    def _held(self, matrix: torch.Tensor) -> torch.Tensor:
+        """As the kernel reads it. Raises UnsupportedAdapterError for what becomes infinite."""
+        found = matrix.to(self._dtype)
+        if not bool(torch.isfinite(found).all()):
+            raise UnsupportedAdapterError(
+                f"{WEIGHTS}: scaled by lora_alpha, weights are beyond what {self._dtype} holds"
+            )
+        return found
 
 
 class LoraRows:

@@ -24,6 +24,7 @@ from services.runtime.errors import AdapterLimitError
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
+_LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # What each of these must be, if it is there: else the adapter is more than its two matrices.
@@ -164,8 +165,8 @@ def _ranks(config: Mapping[str, Any], module: str) -> int:
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What B(A x) is multiplied by: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
     alpha = _patterned(config, "alpha_pattern", module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise _refused("lora_alpha", alpha, "a number")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= _LARGEST:
+        raise _refused("lora_alpha", alpha, "a number that float32 holds")
     stabilized = config.get("use_rslora", False)
     if not isinstance(stabilized, bool):
         raise _refused("use_rslora", stabilized, "true or false")

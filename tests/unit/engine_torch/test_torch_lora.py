@@ -210,6 +210,8 @@ class TestRefusals:
             ("r", 0),
             ("r", "8"),
             ("lora_alpha", None),
+            pytest.param("lora_alpha", 10**400, id="lora_alpha-beyond-float64"),
+            ("lora_alpha", 1e300),
             ("use_rslora", "yes"),
         ],
     )
@@ -248,6 +250,14 @@ class TestRefusals:
             self.read(model, adapter)
         save_file(whole | {key: torch.full((96, 8), torch.nan)}, file)
         with pytest.raises(UnsupportedAdapterError, match="not all are numbers"):
+            self.read(model, adapter)
+
+    def test_a_scale_that_makes_weights_infinite(self, model, adapter):
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 3e38}))
+        file = adapter / "adapter_model.safetensors"
+        save_file({name: 1e3 * matrix for name, matrix in load_file(file).items()}, file)
+        with pytest.raises(UnsupportedAdapterError, match="scaled by lora_alpha"):
             self.read(model, adapter)
 
     @pytest.mark.parametrize("size", [0, 7, 100, 2000])
