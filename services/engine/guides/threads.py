@@ -28,10 +28,13 @@ def deep_thread(name: str) -> ThreadPoolExecutor:
 
 
 class MaskThread:
-    """Computes masks beside the forward pass. The library lets go of the interpreter lock."""
+    """Computes masks beside the forward pass. The library lets go of the interpreter lock.
+
+    Guided.masks() may compile its guide again, so it is called on a thread as the first time.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, "guide-masks")
+        self._executor: ThreadPoolExecutor | None = None
 
     def begin(
         self, wanted: Iterable[tuple[int, Guided, tuple[int, ...]]]
@@ -42,10 +45,19 @@ class MaskThread:
         """
         asked = list(wanted)
         if asked:
-            return self._executor.submit(_masks, asked)
+            return self._deep().submit(_masks, asked)
         nothing: Future[Mapping[int, Masks]] = Future()
         nothing.set_result({})
         return nothing
+
+    def now(self, guided: Guided, drafts: tuple[int, ...] = ()) -> Masks:
+        """Those of one, waited for."""
+        return self._deep().submit(guided.masks, drafts).result()
+
+    def _deep(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = deep_thread("guide-masks")
+        return self._executor
 
 
 def _masks(asked: list[tuple[int, Guided, tuple[int, ...]]]) -> dict[int, Masks]:

@@ -469,7 +469,7 @@ class Stepper:
     def _no_choice(self, sequence: Sequence) -> EngineFault:
         guided = self._live[sequence.serial].guided
         if guided is not None and guided.failure is None:
-            guided.masks()  # it may have been at a draft
+            self._masks.now(guided)  # it may have been at a draft
         if guided is None or guided.failure is None:
             return _NO_NUMBER
         failure = guided.failure
@@ -486,7 +486,7 @@ class Stepper:
         self, sequence: Sequence, drafts: tuple[int, ...], logits: NDArray[np.float32]
     ) -> int | None:
         guided = self._live[sequence.serial].guided
-        allowed = None if guided is None else guided.masks(drafts)[-1]
+        allowed = None if guided is None else self._masks.now(guided, drafts)[-1]
         return token_of(self._row(sequence, drafts, allowed), logits, int(logits.argmax()))
 
     def _row(

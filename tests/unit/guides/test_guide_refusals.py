@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -235,6 +237,28 @@ def test_no_guide_takes_long_to_try_and_none_ends_the_trial_for_others(name, sha
     shared.check(schema({"type": "integer"}))
     with pytest.raises(InvalidRequestError, match="unclosed"):
         shared.check(regex("(a"))
+
+
+def test_what_can_be_compiled_can_be_compiled_again_where_masks_are_made():
+    """A draft at which a form ends makes that necessary. In a process, since it would end this."""
+    code = """
+from services.engine.guides.guided import Guided
+from services.engine.guides.threads import MaskThread, deep_thread
+from tests.unit.guides.guide_world import VOCABULARY
+from tests.unit.guides.test_guide_refusals import HOSTILE
+
+guided = deep_thread("guides").submit(Guided, VOCABULARY, HOSTILE["chain of rules"]).result()
+
+class Again:
+    def masks(self, drafts=()):
+        guided._matcher, guided._consumed = guided._compiled(), 0
+        return guided.masks(drafts)
+
+threads = MaskThread()
+(masks,) = threads.begin([(1, Again(), ())]).result().values()
+assert (threads.now(Again()) == masks).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_what_takes_too_long_is_given_up_and_the_next_is_tried():
