@@ -81,7 +81,13 @@ from services.frontend.faults import (
 )
 from services.frontend.output import Limits, Output, Text
 from services.frontend.patience import Debt
-from services.runtime.errors import DeadlineError, DrainingError, EngineFailedError, TandemError
+from services.runtime.errors import (
+    DeadlineError,
+    DrainingError,
+    EngineFailedError,
+    TandemError,
+    WorkerLostError,
+)
 
 
 @dataclass(slots=True)
@@ -268,7 +274,9 @@ class Request:
         if excludes(event.error) and guilty.worker_id not in self.excluded:
             self.excluded.append(guilty.worker_id)
         commands = self._leave(course)
-        commands.append(course.report(guilty.worker_id, reason, event.unreachable))
+        # A worker whose engine is dead says so itself, before its stream ends.
+        lost = event.unreachable or (event.ended and reason == WorkerLostError.reason)
+        commands.append(course.report(guilty.worker_id, reason, lost))
         if course is self.successor:
             return commands + self._no_successor(now)
         return commands + self._carry_on(event.error, now)

@@ -180,7 +180,7 @@ async def test_a_rank_that_ends_fails_every_request_and_the_engine(new):
     worker.engine.launch.tasks[1].cancel()
     for n in range(2):
         outputs = await worker.ended(f"r{n}")
-        assert outputs[-1].error.reason == "ENGINE_FAILED"
+        assert outputs[-1].error.reason == "WORKER_LOST"
         assert "rank 1 of 2 is lost" in outputs[-1].error.message
     await asyncio.wait_for(worker._reading, WAIT)  # outputs() has ended
     with pytest.raises(EngineFailedError, match="rank 1 of 2"):

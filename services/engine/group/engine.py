@@ -56,6 +56,7 @@ from services.runtime.errors import (
     EngineFailedError,
     EngineOverloadedError,
     InvalidRequestError,
+    WorkerLostError,
     by_reason,
 )
 from services.runtime.load import SettingsError
@@ -300,7 +301,7 @@ class GroupEngine:
             return
         log.error("the group ends: %s", why)
         self._failed = why
-        fault = EngineFault(EngineFailedError.reason, why)
+        fault = EngineFault(WorkerLostError.reason, why)
         ends = tuple(
             TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=fault)
             for request_id in self._live

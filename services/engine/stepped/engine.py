@@ -67,6 +67,7 @@ from services.runtime.errors import (
     EngineFailedError,
     EngineOverloadedError,
     InvalidRequestError,
+    WorkerLostError,
 )
 from services.runtime.load import SettingsError
 from services.runtime.settings import EngineSettings, KvSettings
@@ -450,7 +451,7 @@ class SteppedEngine:
 
     def _give_up(self, error: Exception) -> None:
         """The step thread is dead: everything fails, and outputs() ends."""
-        fault = EngineFault("ENGINE_FAILED", f"the engine stopped: {type(error).__name__}")
+        fault = EngineFault(WorkerLostError.reason, f"the engine stopped: {type(error).__name__}")
         ends = [
             TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=fault)
             for request_id in self._live

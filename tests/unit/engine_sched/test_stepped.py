@@ -235,7 +235,7 @@ async def test_a_thread_that_dies_is_heard_of():
     async with asyncio.timeout(WAIT):
         steps = [step async for step in engine.outputs()]
     (output,) = steps[-1].outputs
-    assert (output.finish_reason, output.error.reason) == (FinishReason.ERROR, "ENGINE_FAILED")
+    assert (output.finish_reason, output.error.reason) == (FinishReason.ERROR, "WORKER_LOST")
     with pytest.raises(EngineFailedError):
         engine.decode(Request("b", (5, 6), Sampling()), None)
     await engine.close()

@@ -224,6 +224,16 @@ def test_workers_that_leave_are_excluded_and_not_counted_as_failures():
     assert (last.error.reason, last.error.metadata["attempts"]) == ("NO_WORKERS", str(REFUSALS))
 
 
+def test_a_worker_that_says_that_it_is_lost_is_reported_as_gone():
+    """So that the coordinator waits for another, rather than finding none but this one."""
+    core = start()
+    core.handle(e.Placed(0, placement("")), 1.0)
+    lost = by_reason("WORKER_LOST", "the engine stopped", {})
+    output = e.DecodeOutput(0, (), finish_reason=FinishReason.ERROR, error=lost)
+    commands = unmeasured(core.handle(output, 2.0))
+    assert commands == [e.Report(0, "d0", "WORKER_LOST", True), e.Place(1, ("d0",))]
+
+
 def test_a_silent_worker_is_told():
     core = start()
     core.handle(e.Placed(0, placement("")), 1.0)
