@@ -86,4 +86,4 @@ def test_another_models_loss_is_no_reason_to_wait(cluster):
 def test_a_request_too_long_for_anybody_is_refused_at_once(cluster):
     cluster.worker("decode-1", context_tokens=256)
     dies(cluster)
-    assert cluster.refuse(1000).reason is m.Reason.INVALID_REQUEST
+    assert cluster.refuse(5000).reason is m.Reason.INVALID_REQUEST
