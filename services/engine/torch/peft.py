@@ -124,7 +124,11 @@ def _tensors(raw: bytes) -> dict[str, torch.Tensor]:
         found = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UnsupportedAdapterError(f"{WEIGHTS}: {error}") from None
-    return {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
+        twice = next(name for name in found if PREFIX + name in found)
+        raise UnsupportedAdapterError(f"{WEIGHTS}: {twice} is there twice", tensor=twice)
+    return tensors
 
 
 def _module(key: str, shapes: Mapping[str, tuple[int, int]]) -> str:

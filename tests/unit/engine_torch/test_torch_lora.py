@@ -238,6 +238,14 @@ class TestRefusals:
         with pytest.raises(UnsupportedAdapterError, match=words):
             self.read(model, adapter)
 
+    def test_a_matrix_that_is_there_under_two_names(self, model, adapter):
+        file = adapter / "adapter_model.safetensors"
+        whole = load_file(file)
+        key = "model.layers.0.self_attn.q_proj.lora_B.weight"
+        save_file(whole | {key: whole[f"base_model.model.{key}"].clone()}, file)
+        with pytest.raises(UnsupportedAdapterError, match=r"q_proj\.lora_B.* is there twice"):
+            self.read(model, adapter)
+
     def test_a_matrix_of_another_shape_or_without_its_other_half(self, model, adapter):
         file = adapter / "adapter_model.safetensors"
         whole = load_file(file)
