@@ -15,7 +15,7 @@ Rules, in the order they apply to every step:
    whether it should is for somebody else to judge. It is asked once, at admission.
 6. Drafts are a way to use what is left. Their blocks are taken from free or evictable ones, after
    those of rule 1, and are the first to be given back when one is lacking; drafts without a block
-   are left out. Their rows count in the token budget.
+   are left out. Their rows count in the token budget, and what decodes takes part even beyond it.
 7. A draft layer takes the hidden state of the token before. Where that was not computed in the
    last step (its KV came from the cache, a tier, another worker), it is computed again: one row
    more, which writes nothing.
