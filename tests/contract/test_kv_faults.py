@@ -77,7 +77,11 @@ async def test_before_the_fetch(own_source, make_sink, how):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_while_it_reads(name, own_source, make_sink, monkeypatch, how):
-    """Mapped memory can still be read; whatever the transport, nothing wrong is taken for right."""
+    """Whatever the transport, nothing wrong is taken for right.
+
+    Mapped memory can still be read. So can that of a stopped process, by the kernel (UCX's cma, which
+    NIXL uses), if the two had come to know each other before it stopped.
+    """
     sink = await make_sink(stall_seconds=0.5)
     keys, lease = fresh_keys(20), fresh_lease()
     await own_source.do("offer", lease=lease, keys=keys, gaps=1)
@@ -91,7 +95,7 @@ async def test_while_it_reads(name, own_source, make_sink, monkeypatch, how):
     error = await end(sink.endpoint.fetch(own_source.address, lease, keys, blocks))
     complete = error.complete if isinstance(error, KvSourceLostError) else (True,) * 20
     assert right(sink, keys, blocks, complete)
-    if name != "shm":
+    if name != "shm" and not (name == "nixl" and how is signal.SIGSTOP):
         assert isinstance(error, KvSourceLostError)
     before = sink.store.memory.copy()
     own_source.signal(signal.SIGCONT if how is signal.SIGSTOP else signal.SIGKILL)
