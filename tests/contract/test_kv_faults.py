@@ -79,8 +79,8 @@ async def test_before_the_fetch(own_source, make_sink, how):
 async def test_while_it_reads(name, own_source, make_sink, monkeypatch, how):
     """Whatever the transport, nothing wrong is taken for right.
 
-    Mapped memory can still be read. So can that of a stopped process, by the kernel (UCX's cma, which
-    NIXL uses), if the two had come to know each other before it stopped.
+    Mapped memory can still be read. So can that of a stopped process, by the kernel (UCX's cma,
+    which NIXL uses), if the two had come to know each other before it stopped.
     """
     sink = await make_sink(stall_seconds=0.5)
     keys, lease = fresh_keys(20), fresh_lease()
