@@ -29,6 +29,7 @@ from services.engine.api import (
     Sampling,
 )
 from services.engine.build import build
+from services.engine.group.engine import GroupEngine
 from services.runtime.errors import (
     DuplicateRequestError,
     EngineOverloadedError,
@@ -96,6 +97,12 @@ class Worker:
         await self.server.stop(0)
         await self.engine.close()
         await asyncio.wait_for(self._reading, WAIT)
+
+    def lease(self, lease_id: str) -> None:
+        """Opens one as a prompt would, to which no block ever comes."""
+        self.engine._store.open_lease(lease_id, 600)
+        if isinstance(self.engine, GroupEngine):
+            self.engine._leases.note(lease_id, 0)
 
     async def until(self, predicate) -> None:
         """Waits for something about the outputs."""
@@ -437,7 +444,7 @@ async def test_cancel_a_prefill_at_every_moment(new):
 
 async def test_cancel_a_decode_that_fetches_what_never_comes(new):
     source, sink = await new(), await new()
-    source.engine._store.open_lease("a", 600)
+    source.lease("a")
     sink.engine.decode(Request("a", prompt(20), GREEDY), source.source("a"))
     await eventually(lambda: sink.engine.stats().running)
     assert sink.engine.stats().held_blocks == 3
@@ -479,7 +486,7 @@ async def test_cancel_and_use_the_id_again_at_once(new):
 
 async def test_close_in_the_middle_of_everything(new):
     source, sink = await new(), await new()
-    source.engine._store.open_lease("f", 600)
+    source.lease("f")
     long = dataclasses.replace(GREEDY, max_tokens=300)
     sink.engine.decode(Request("f", prompt(20), long), source.source("f"))
     sink.engine.decode(Request("d", prompt(20, 1), long), None)
@@ -497,7 +504,7 @@ async def test_a_dead_source_is_made_up_for(new):
     source, sink, alone = await new(), await new(), await new()
     request = Request("a", prompt(37), SAMPLED)
     expected = await alone.generate("a", request.prompt_token_ids, SAMPLED)
-    source.engine._store.open_lease("a", 600)
+    source.lease("a")
     sink.engine.decode(request, source.source("a"))
     await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
@@ -511,7 +518,7 @@ async def test_a_dead_source_is_made_up_for(new):
 async def test_a_dead_source_of_a_long_prompt_is_a_fault(new):
     source, sink = await new(), await new({"recompute_max_tokens": 16})
     request = Request("a", prompt(37), SAMPLED)
-    source.engine._store.open_lease("a", 600)
+    source.lease("a")
     sink.engine.decode(request, source.source("a"))
     await eventually(lambda: source.engine._store.stats().watches)
     await source.server.stop(0)
@@ -561,7 +568,7 @@ async def test_a_corrupt_block_is_counted_computed_and_never_used(new, damaged):
 
 async def test_another_layout_is_refused_by_name(new):
     source, sink = await new(), await new(block_tokens=4)
-    source.engine._store.open_lease("a", 600)
+    source.lease("a")
     sink.engine.decode(Request("a", prompt(20), GREEDY), source.source("a"))
     outputs = await sink.ended("a")
     assert outputs[-1].error.reason == "LAYOUT_MISMATCH"

@@ -122,6 +122,31 @@ async def test_leases_and_blocks_are_found_at_the_rank_that_has_them(new):
     await sink.settled()
 
 
+async def test_a_fetch_that_comes_before_its_prompt_finds_the_rank(new):
+    source, sink = await new(), await new()
+    ids = prompt(29)
+    expected = await source.generate("reference", ids, SAMPLED)
+    leases = source.engine._leases
+    # The reference's blocks are at rank 0, where the fetch would wait in vain for the rest.
+    sink.engine.decode(Request("a", ids, SAMPLED), source.source("a"))
+    for name in ("gone", "cancelled"):
+        sink.engine.decode(Request(name, ids, SAMPLED), source.source(name))
+    await eventually(lambda: set(leases.awaited) == {"a", "gone", "cancelled"})
+    sink.engine.cancel("gone")
+    await eventually(lambda: set(leases.awaited) == {"a", "cancelled"})
+    source.engine.cancel("cancelled")
+    await eventually(lambda: set(leases.awaited) == {"a"})
+    sink.engine.cancel("cancelled")
+    source.engine.prefill(Request("a", ids, SAMPLED, dp_rank=1), Hold(600))
+    first = await source.first("a")
+    sink.engine.proceed("a", FirstTokens(first.token_ids, first.handle))
+    assert [*first.token_ids, *await sink.tokens("a")] == expected
+    assert next(o.kv for o in sink.outputs["a"] if o.kv).blocks == 4
+    assert not leases.awaited
+    await source.settled()
+    await sink.settled()
+
+
 def told(group: Group) -> set[bytes]:
     """What a new reader of its KV events is told."""
     reader = group._keys.begin()

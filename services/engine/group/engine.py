@@ -188,6 +188,7 @@ class GroupEngine:
         members = self._members if rank is None else (self._members[rank],)
         for member in members:
             member.send(pb.JoinResponse(cancel=pb.Cancel(request_id=request_id)))
+        self._leases.end(request_id)
 
     def _check(self, request: Request) -> None:
         if self._closing or self._failed:

@@ -29,6 +29,8 @@ class Leases:
 
     def __init__(self) -> None:
         self._ranks: OrderedDict[str, int] = OrderedDict()
+        self.awaited: dict[str, list[asyncio.Future[int]]] = {}
+        """Those asked for before anybody knew them, and who asks."""
 
     def note(self, lease_id: str, rank: int) -> None:
         """It is, or is about to be, at this rank."""
@@ -36,6 +38,30 @@ class Leases:
         self._ranks.move_to_end(lease_id)
         if len(self._ranks) > LEASES_REMEMBERED:
             self._ranks.popitem(last=False)
+        for asking in self.awaited.pop(lease_id, ()):
+            if not asking.done():
+                asking.set_result(rank)
+
+    def end(self, lease_id: str) -> None:
+        """It is over, and every rank that could have it knows: those who wait are told by any."""
+        if lease_id in self.awaited:
+            self.note(lease_id, 0)
+
+    async def wait(self, lease_id: str) -> int:
+        """Its rank, as soon as that is known."""
+        rank = self.find(lease_id)
+        if rank is not None:
+            return rank
+        asking: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.awaited.setdefault(lease_id, []).append(asking)
+        try:
+            return await asking
+        finally:
+            others = self.awaited.get(lease_id, [])
+            if asking in others:
+                others.remove(asking)
+                if not others:
+                    del self.awaited[lease_id]
 
     def find(self, lease_id: str) -> int | None:
         """None: not known."""
@@ -60,10 +86,16 @@ class KvForwarder(kvtransfer_pb2_grpc.KvTransferServiceServicer):
     async def Fetch(  # noqa: N802
         self, request: pb.FetchRequest, context: _Context
     ) -> AsyncIterator[pb.FetchResponse]:
-        """From the rank with the lease; for a new one from that which has the most of the keys."""
-        rank = self._leases.find(request.lease_id)
-        if rank is None:
-            rank = self._keys.holder(request.keys) or 0
+        """From the rank with the lease, or, if only what is there is wanted, with most of the keys.
+
+        A prompt and the fetch of its KV are sent at the same time. A fetch that comes first waits
+        here: at a rank that is not the prompt's it would wait in vain.
+        """
+        if not request.held_only and context.time_remaining() is not None:
+            rank = await self._leases.wait(request.lease_id)
+        else:
+            known = self._leases.find(request.lease_id)
+            rank = (self._keys.holder(request.keys) or 0) if known is None else known
             self._leases.note(request.lease_id, rank)
         call = self._stub(rank).Fetch(request, timeout=context.time_remaining())
         try:
@@ -84,8 +116,9 @@ class KvForwarder(kvtransfer_pb2_grpc.KvTransferServiceServicer):
     async def Release(  # noqa: N802
         self, request: pb.ReleaseRequest, context: _Context
     ) -> pb.ReleaseResponse:
-        """At the rank that has it."""
+        """At the rank that has it. From here on every rank knows that it has ended."""
         answers = await self._calls(request.lease_id, "Release", request, context)
+        self._leases.end(request.lease_id)
         return pb.ReleaseResponse(was_live=any(answer.was_live for answer in answers))
 
     async def _calls(self, lease_id: str, name: str, request: Any, context: _Context) -> list[Any]:
