@@ -153,11 +153,19 @@ class GroupEngine:
         self._closing = True
         if self._watching is not None:
             self._watching.cancel()
-        await self._launch.end(grace_seconds)
+        await asyncio.gather(self._all_left(grace_seconds), self._launch.end(grace_seconds))
         await self._server.stop(0)
         for member in self._members:
             if member.channel is not None:
                 await member.channel.close()
+
+    async def _all_left(self, grace_seconds: float) -> None:
+        """Their Close may be on its way still, and streams that we cut would not bring it."""
+        leaving = [asyncio.create_task(m.left.wait()) for m in self._members if m.joined]
+        if leaving and grace_seconds > 0:
+            await asyncio.wait(leaving, timeout=grace_seconds)
+        for left in leaving:
+            left.cancel()
 
     # Requests
 

@@ -48,6 +48,9 @@ class Member:
     taken: int = 0
     """Of `given`, those that `stats` knows of."""
     heard: float = 0.0
+    joined: bool = False
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Its stream has ended."""
     answers: dict[int, asyncio.Future[Adapter]] = field(default_factory=dict)
     _commands: asyncio.Queue[pb.JoinResponse | None] = field(default_factory=asyncio.Queue)
 

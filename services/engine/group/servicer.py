@@ -39,7 +39,6 @@ class GroupServicer(group_pb2_grpc.GroupServiceServicer):
         self.members = [Member(rank) for rank in range(task.engine.ranks)]
         self._task = task
         self._group = group
-        self._joined: set[int] = set()
 
     async def Join(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.JoinRequest], context: _Context
@@ -55,6 +54,7 @@ class GroupServicer(group_pb2_grpc.GroupServiceServicer):
             await reading
         finally:
             reading.cancel()
+            member.left.set()
             self._group.lost(member, "its connection ended")
 
     async def _read(self, messages: AsyncIterator[pb.JoinRequest], member: Member) -> None:
@@ -68,11 +68,12 @@ class GroupServicer(group_pb2_grpc.GroupServiceServicer):
         if first is None or first.WhichOneof("message") != "joined":
             raise InvalidRequestError("message", None, "a rank says first who it is: joined")
         joined, count = first.joined, len(self.members)
-        if joined.rank >= count or joined.rank in self._joined:
+        if joined.rank >= count or self.members[joined.rank].joined:
             allowed = f"ranks are 0 to {count - 1}, each once"
             raise InvalidRequestError("joined.rank", joined.rank, allowed)
         own = metadata.version(PACKAGE)
         if joined.version != own:
             raise InvalidRequestError("joined.version", joined.version, f"the leader is {own}")
-        self._joined.add(joined.rank)
-        return self.members[joined.rank]
+        member = self.members[joined.rank]
+        member.joined = True
+        return member
