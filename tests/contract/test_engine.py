@@ -666,7 +666,7 @@ def tiered(kind: str, folder) -> dict:
 
 
 async def copied(worker: Worker, blocks: int) -> None:
-    """Until so many blocks are in the worker's tiers."""
+    """Until so many blocks are in the worker's tiers: of prompts and of what was generated."""
     await eventually(lambda: sum(t.blocks for t in worker.engine._store.stats().tiers) >= blocks)
 
 
@@ -677,9 +677,9 @@ async def test_an_evicted_prompt_comes_back_from_its_tier(new, tier, tmp_path):
         one, other = prompt(57, 2 * i), prompt(60, 2 * i + 1)
         expected = await alone.generate(f"{i}", one, sampling)
         assert await worker.generate(f"{i}-first", one, sampling) == expected
-        await copied(worker, 14 * i + 7)
+        await copied(worker, 16 * i + 8)
         await worker.generate(f"{i}-other", other, sampling)
-        await copied(worker, 14 * i + 14)
+        await copied(worker, 16 * i + 16)
         assert await worker.generate(f"{i}-again", one, sampling) == expected
         report = worker.outputs[f"{i}-again"][0].kv
         assert (report.cached_tokens, report.computed_tokens, report.bytes) == (56, 1, 0)
@@ -778,14 +778,14 @@ async def test_kv_events_tell_what_is_only_in_a_tier(new, tier, tmp_path):
 
     await worker.generate("a", prompt(57), GREEDY)
     await eventually(lambda: told(one) == ["pool"] * 7)
-    await copied(worker, 7)
+    await copied(worker, 8)
     await worker.generate("b", prompt(60, 1), GREEDY)
     await eventually(lambda: told(other) == ["pool"] * 7)
     # The first prompt's end went first; what is left of it in the pool is its start.
     gone = told(one).index("lower")
     assert told(one) == ["pool"] * gone + ["lower"] * (7 - gone)
     assert None not in where.values()
-    await copied(worker, 14)
+    await copied(worker, 16)
     await worker.generate("again", prompt(57), GREEDY)
     await eventually(lambda: told(one) == ["pool"] * 7)
     everything = worker.engine._store.snapshot()
