@@ -60,8 +60,9 @@ bench: install model ## What disaggregation costs here (ARGS=memory: whether mem
 lint: install-dev ## ruff, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/buf lint
-	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python protos/generate.py --describe out/protos.binpb
+	$(BIN)/buf lint out/protos.binpb
+	$(BIN)/buf format --diff --exit-code protos
 
 types: install-dev ## mypy --strict
 	$(BIN)/mypy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import filecmp
 import importlib.resources
+import importlib.util
 import shutil
 import sys
 import tempfile
@@ -19,22 +20,32 @@ ROOT = Path(__file__).resolve().parent
 GEN = ROOT / "gen"
 
 
-def generate(out: Path) -> None:
-    """Writes *_pb2.py, *_pb2_grpc.py and their type stubs below `out`."""
+def run(*arguments: str) -> None:
+    """Runs protoc over all our files; google/api is taken from the package that has its Python."""
     files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tandem").rglob("*.proto"))
     well_known = importlib.resources.files("grpc_tools") / "_proto"
-    arguments = [
-        "protoc",
-        f"-I{ROOT}",
-        f"-I{well_known}",
+    annotations = importlib.util.find_spec("google.api.annotations_pb2")
+    if annotations is None or annotations.origin is None:
+        raise SystemExit("googleapis-common-protos is missing: make install-dev")
+    google = Path(annotations.origin).parents[2]
+    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", f"-I{google}", *arguments, *files]):
+        raise SystemExit("protoc failed")
+
+
+def generate(out: Path) -> None:
+    """Writes *_pb2.py, *_pb2_grpc.py and their type stubs below `out`."""
+    run(
         f"--python_out={out}",
         f"--grpc_python_out={out}",
         f"--mypy_out=quiet:{out}",
         f"--mypy_grpc_out=quiet,only_async:{out}",
-        *files,
-    ]
-    if protoc.main(arguments) != 0:
-        raise SystemExit("protoc failed")
+    )
+
+
+def describe(image: Path) -> None:
+    """Writes all messages and services, with their comments and imports: what buf reads."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    run("--include_imports", "--include_source_info", f"--descriptor_set_out={image}")
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -55,7 +66,13 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def main() -> int:
-    """Regenerates, or with --check compares what is checked in with what would be generated."""
+    """Regenerates, or with --check compares what is checked in with what would be generated.
+
+    With --describe FILE writes a descriptor set instead.
+    """
+    if "--describe" in sys.argv[1:]:
+        describe(Path(sys.argv[sys.argv.index("--describe") + 1]).absolute())
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         generate(fresh)
