@@ -10,12 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from services.frontend.awake import Awake
+from services.frontend.begin import Beginning, Chance
 from services.frontend.coordinator import Coordinator
 from services.frontend.folder import FolderModel
 from services.frontend.live import Cluster
 from services.frontend.model import Model
 from services.frontend.patience import Patience
-from services.frontend.service import Chance, InferenceServicer
+from services.frontend.service import InferenceServicer
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
 from services.runtime.directory import Kind, Member, directory
@@ -57,10 +58,10 @@ async def serve_model(
     cluster = Cluster(coordinator, workers, clock, patience, awake)
     chance = Chance(lambda: secrets.token_hex(8), lambda: secrets.randbits(63))
     with ThreadPoolExecutor(TEXT_THREADS, "text") as texts:
-        servicer = InferenceServicer(model, cluster, settings.frontend, texts, chance)
+        beginning = Beginning(model, cluster, settings.frontend, texts, chance)
         server = Server(settings.server, "frontend")
         adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
-        server.add(adder, servicer, "tandem.inference.v1.InferenceService")
+        server.add(adder, InferenceServicer(beginning), "tandem.inference.v1.InferenceService")
         sweeper = asyncio.create_task(_sweep(workers))
         try:
             address = await server.start()
@@ -70,7 +71,7 @@ async def serve_model(
         finally:
             await server.stop(settings.server.drain_seconds)
             awake.stop()
-            await servicer.close()
+            await beginning.close()
             sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeper

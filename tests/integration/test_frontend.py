@@ -21,10 +21,11 @@ from services.frontend import coordinator as coordinator_module
 from services.frontend import workers as workers_module
 from services.frontend.app import serve_model
 from services.frontend.awake import Awake
+from services.frontend.begin import Beginning, Chance
 from services.frontend.coordinator import Coordinator
 from services.frontend.live import Cluster
 from services.frontend.patience import Patience
-from services.frontend.service import Chance, InferenceServicer
+from services.frontend.service import InferenceServicer
 from services.frontend.validate import Chat, Prompt
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
@@ -392,7 +393,8 @@ async def a_world(**settings):
     ids = iter(range(10**6))
     chance = Chance(lambda: f"made-{next(ids)}", lambda: 4711)
     with ThreadPoolExecutor(1) as texts:
-        servicer = InferenceServicer(world.model, cluster, frontend, texts, chance)
+        beginning = Beginning(world.model, cluster, frontend, texts, chance)
+        servicer = InferenceServicer(beginning)
         adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
         server, world.address = await listen((adder, servicer, "i"))
         channel = grpc.aio.insecure_channel(world.address)
