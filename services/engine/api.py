@@ -80,6 +80,8 @@ class Sampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     guide: Guide | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), ids ascending, each once."""
 
 
 @dataclass(frozen=True, slots=True)

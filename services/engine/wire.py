@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -112,6 +113,7 @@ def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Reque
         logprobs=s.logprobs if s.HasField("logprobs") else None,
         ignore_eos=s.ignore_eos,
         guide=guide_from(s.guide) if s.HasField("guide") else None,
+        logit_bias=_bias_from(s, vocabulary) if s.logit_bias else (),
     )
     return Request(
         request_id=message.request_id,
@@ -121,6 +123,18 @@ def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Reque
         tenant=message.tenant,
         adapter=message.adapter,
     )
+
+
+def _bias_from(
+    message: generation_pb2.SamplingParams, vocabulary: int
+) -> tuple[tuple[int, float], ...]:
+    bias = tuple(sorted(message.logit_bias.items()))
+    if bias[-1][0] >= vocabulary:
+        allowed = f"ids are below {vocabulary}"
+        raise InvalidRequestError("request.sampling.logit_bias", bias[-1][0], allowed)
+    if not all(math.isfinite(value) for _, value in bias):
+        raise InvalidRequestError("request.sampling.logit_bias", "no number", "numbers")
+    return bias
 
 
 def logprobs_to(items: Iterable[TokenLogprob]) -> list[generation_pb2.TokenLogprob]:

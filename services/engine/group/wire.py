@@ -77,6 +77,7 @@ def _sampling_to(s: Sampling) -> generation_pb2.SamplingParams:
         logprobs=s.logprobs,
         ignore_eos=s.ignore_eos,
         guide=None if s.guide is None else guide_to(s.guide),
+        logit_bias=dict(s.logit_bias),
     )
 
 

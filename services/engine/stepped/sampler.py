@@ -1,7 +1,7 @@
 """From logits to tokens: what comes out of a row depends on that row and its request alone.
 
-The order of things, on float32 logits of one row: tokens that a guide forbids; penalties; tokens
-that min_tokens forbids, unless a guide leaves no other;
+The order of things, on float32 logits of one row: tokens that a guide forbids; penalties; the
+request's own bias; tokens that min_tokens forbids, unless a guide leaves no other;
 division by temperature; top-k; top-p of the mass that top-k left; min-p; inverse transform over
 the tokens left, in order of id, with one uniform of (seed, position). Ties go to the lower id.
 """
@@ -117,7 +117,7 @@ def token_of(row: Row, raw: Floats, best: int) -> int | None:
         return None
     sampling = row.sampling
     logits = raw
-    if row.forbidden or row.allowed is not None or penalized(sampling):
+    if row.forbidden or row.allowed is not None or penalized(sampling) or sampling.logit_bias:
         logits = _adjusted(row, raw)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
@@ -131,6 +131,9 @@ def _adjusted(row: Row, raw: Floats) -> Floats:
     logits = raw.copy() if row.allowed is None else _masked(raw, row.allowed)
     if row.occurrences is not None:
         row.occurrences.penalize(logits, row.sampling)
+    for token, bias in row.sampling.logit_bias:
+        if token < len(logits):
+            logits[token] += np.float32(bias)
     forbidden = [t for t in row.forbidden if t < len(logits)]
     if row.allowed is None or np.isfinite(np.delete(logits, forbidden)).any():
         logits[forbidden] = -np.inf

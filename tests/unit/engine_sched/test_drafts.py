@@ -39,6 +39,7 @@ def some_sampling(r: random.Random) -> Sampling:
         stop_token_ids=stops,
         seed=r.getrandbits(64),
         logprobs=r.choice([None, 0, 3]),
+        logit_bias=r.choice([(), (), ((3, 4.0), (9, -100.0), (17, 2.5))]),
     )
 
 

@@ -54,6 +54,8 @@ def adjusted(logits, sampling, prompt, output, forbidden):
         row[token] -= np.float32(sampling.presence_penalty) + count * np.float32(
             sampling.frequency_penalty
         )
+    for token, bias in sampling.logit_bias:
+        row[token] += np.float32(bias)
     for token in forbidden:
         row[token] = np.float32(-np.inf)
     return row
@@ -101,6 +103,9 @@ samplings = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -2.0]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.5, -1.0]),
     seed=st.integers(0, 2**64 - 1),
+    logit_bias=st.dictionaries(
+        st.integers(0, 2), st.sampled_from([-100.0, -1.5, 0.25, 100.0]), max_size=3
+    ).map(lambda bias: tuple(sorted(bias.items()))),
 )
 
 
@@ -235,7 +240,10 @@ def test_all_tokens_forbidden_gives_nothing():
 def test_tokens_beyond_the_logits_are_passed_over():
     seen = Occurrences([9000])
     seen.follow([9000, 9001, 1])
-    sampling = Sampling(temperature=0, presence_penalty=2.0, repetition_penalty=2.0)
+    bias = ((1, -0.5), (9000, 100.0))
+    sampling = Sampling(
+        temperature=0, presence_penalty=2.0, repetition_penalty=2.0, logit_bias=bias
+    )
     row = Row(sampling, 3, seen, frozenset({0, 9000}))
     (choice,) = sample(np.array([[5.0, 4.0, 1.0]], dtype=np.float32), [row])
     assert choice.token == 2
