@@ -434,6 +434,7 @@ def _model_to(pool: Pool) -> pb.ServedModel:
         prefill_workers=len(pool.prefill.present),
         decode_workers=len(pool.decode.present),
         adapters=_adapters_to(pool),
+        numerics=sorted({w.info.numerics for w in workers} - {""}),
     )
 
 

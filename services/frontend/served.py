@@ -32,6 +32,7 @@ class ServedModel:
     prefill_workers: int
     decode_workers: int
     adapters: tuple[ServedAdapter, ...] = ()
+    numerics: tuple[str, ...] = ()
 
     def adapter_for(self, asked: str) -> str:
         """The id that a client means by a name or an id; "" if no decode worker has it.

@@ -1318,6 +1318,7 @@ class ServedModel(_message.Message):
     PREFILL_WORKERS_FIELD_NUMBER: _builtins.int
     DECODE_WORKERS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Its name."""
     kv_layout: _builtins.str
@@ -1336,6 +1337,10 @@ class ServedModel(_message.Message):
         under it, or replace one by another now.
         """
 
+    @_builtins.property
+    def numerics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """WorkerInfo.numerics of its workers, each once, sorted: one if they all compute equal bits."""
+
     def __init__(
         self,
         *,
@@ -1346,10 +1351,11 @@ class ServedModel(_message.Message):
         prefill_workers: _builtins.int = ...,
         decode_workers: _builtins.int = ...,
         adapters: _abc.Iterable[Global___ServedAdapter] | None = ...,
+        numerics: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "kv_layout", b"kv_layout", "model", b"model", "prefill_workers", b"prefill_workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_tokens", b"block_tokens", "context_tokens", b"context_tokens", "decode_workers", b"decode_workers", "kv_layout", b"kv_layout", "model", b"model", "numerics", b"numerics", "prefill_workers", b"prefill_workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
