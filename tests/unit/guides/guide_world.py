@@ -93,45 +93,57 @@ def check(document: Any, of: Any) -> None:
 
 _names = st.sampled_from(["a", "b", "name", "x y", 'q"', "é", "a/b", "~"])
 _texts = st.text(alphabet='ab "\\é日\n/', max_size=4)
-_leaves = st.one_of(
+_bounded = st.one_of(
     st.just({"type": "null"}),
     st.just({"type": "boolean"}),
-    st.just({"type": "integer"}),
     st.tuples(st.integers(-999, 999), st.integers(0, 500)).map(
         lambda t: {"type": "integer", "minimum": t[0], "maximum": t[0] + t[1]}
-    ),
-    st.tuples(st.integers(-50, 50), st.integers(1, 9)).map(
-        lambda t: {"type": "number", "exclusiveMinimum": t[0], "maximum": t[0] + t[1]}
     ),
     st.sampled_from([2, 5, 7, 10]).map(
         lambda n: {"type": "integer", "multipleOf": n, "minimum": 0, "maximum": 1000}
     ),
+    st.tuples(st.integers(-50, 50), st.integers(1, 9)).map(
+        lambda t: {"type": "number", "multipleOf": 0.25, "minimum": t[0], "maximum": t[0] + t[1]}
+    ),
     st.tuples(st.integers(0, 3), st.integers(0, 4)).map(
         lambda t: {"type": "string", "minLength": t[0], "maxLength": t[0] + t[1]}
     ),
-    st.sampled_from(["^a+b?$", "^[0-9]{2,3}$", "^(x|yz){1,2}$", "^.{1,3}$"]).map(
+    st.sampled_from(["^a{1,5}b?$", "^[0-9]{2,3}$", "^(x|yz){1,2}$", "^.{1,3}$"]).map(
         lambda p: {"type": "string", "pattern": p}
     ),
-    st.sampled_from(["date", "time", "ipv4", "uuid"]).map(
-        lambda f: {"type": "string", "format": f}
-    ),
+    st.sampled_from(["date", "ipv4", "uuid"]).map(lambda f: {"type": "string", "format": f}),
     st.lists(
         st.one_of(_texts, st.integers(-9, 9), st.booleans(), st.none()), min_size=1, max_size=4
     ).map(lambda values: {"enum": values}),
     _texts.map(lambda t: {"const": t}),
+    st.just({"type": ["integer", "null"], "minimum": -(10**6), "maximum": 10**6}),
+)
+_leaves = st.one_of(
+    _bounded,
+    st.just({"type": "integer"}),
     st.just({"type": ["integer", "null"]}),
+    st.tuples(st.integers(-50, 50), st.integers(1, 9)).map(
+        lambda t: {"type": "number", "exclusiveMinimum": t[0], "maximum": t[0] + t[1]}
+    ),
+    st.just({"type": "string", "pattern": "^a+b?$"}),
+    st.just({"type": "string", "format": "time"}),
 )
 
 
 @st.composite
-def _objects(draw: st.DrawFn, inner: st.SearchStrategy) -> dict:
+def _objects(draw: st.DrawFn, inner: st.SearchStrategy, bounded: bool) -> dict:
     properties = draw(st.dictionaries(_names, inner, max_size=4))
     required = [n for n in properties if draw(st.booleans())]
     found: dict = {"type": "object", "properties": properties, "required": required}
     found["additionalProperties"] = False
     if len(required) == len(properties) and draw(st.booleans()):
         most = len(required) + draw(st.integers(0, 2))
-        found |= {"additionalProperties": draw(inner), "maxProperties": most}
+        more = draw(inner)
+        if bounded:
+            found["patternProperties"] = {"^[A-Z]{1,3}$": more}
+        else:
+            found["additionalProperties"] = more
+        found["maxProperties"] = most
         if most > len(required):
             found["minProperties"] = len(required) + draw(st.integers(0, 1))
     return found
@@ -147,22 +159,25 @@ def _arrays(draw: st.DrawFn, inner: st.SearchStrategy) -> dict:
     return found
 
 
-def _inside(inner: st.SearchStrategy) -> st.SearchStrategy:
-    return st.one_of(
-        _objects(inner),
-        _arrays(inner),
-        st.lists(inner, min_size=1, max_size=3).map(lambda several: {"anyOf": several}),
-    )
-
-
 @st.composite
-def schemas(draw: st.DrawFn, *, closed: bool = False) -> dict:
-    """Schemas whose documents are short, whatever the model says.
+def schemas(draw: st.DrawFn, *, closed: bool = False, bounded: bool = False) -> dict:
+    """Schemas whose documents a model that says anything soon ends.
 
     closed: and show that they are over, as a number does not: for a model that likes no end.
+    bounded: none of whose documents is long, whatever the model says: no number has digits without
+    end, no text or key as many characters as it likes.
     """
-    tree = st.recursive(_leaves, _inside, max_leaves=6)
-    whole = _objects(st.one_of(tree, st.just({"$ref": "#/$defs/s"})))
-    shared = draw(_leaves)
+    leaves = _bounded if bounded else _leaves
+
+    def inside(inner: st.SearchStrategy) -> st.SearchStrategy:
+        return st.one_of(
+            _objects(inner, bounded),
+            _arrays(inner),
+            st.lists(inner, min_size=1, max_size=3).map(lambda several: {"anyOf": several}),
+        )
+
+    tree = st.recursive(leaves, inside, max_leaves=6)
+    whole = _objects(st.one_of(tree, st.just({"$ref": "#/$defs/s"})), bounded)
+    shared = draw(leaves)
     found = dict(draw(whole if closed else st.one_of(tree, whole)))
     return found | {"$defs": {"s": shared}}
