@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from services.frontend import text
+from services.frontend.answers.format import AnswerFormat
 from services.frontend.validate import Input
 
 
@@ -28,8 +29,15 @@ class Model(Protocol):
     def tokens(self) -> Sequence[bytes]:
         """The bytes of every token by id, none for control tokens."""
 
+    @property
+    def answers(self) -> AnswerFormat:
+        """How its answers in conversations are written."""
+
     def encode(self, asked: Input) -> list[int]:
         """Tokens of a prompt. Thread-safe. Raises InvalidRequestError for an impossible chat."""
 
-    def detokenizer(self) -> text.Detokenizer:
-        """A new one, for one request."""
+    def thinks_after(self, prompt: Sequence[int]) -> bool:
+        """The template opened a thought that the answer goes on with."""
+
+    def detokenizer(self, marked: bool = False) -> text.Detokenizer:
+        """A new one, for one request. `marked`: with the marks that parsers of `answers` want."""

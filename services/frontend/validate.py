@@ -9,10 +9,11 @@ import math
 import re
 import struct
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from services.engine.api import Guide, Sampling
+from services.frontend.chat import Chat
 from services.runtime.errors import InvalidRequestError, UnknownModelError
 
 MAX_STOPS = 16
@@ -23,8 +24,13 @@ MAX_STOP_TOKENS = 64
 LEAST_REPETITION_PENALTY = 0.001
 MAX_ID_CHARACTERS = 128
 MAX_PRIORITY = 100
+MAX_BIASES = 300
+MAX_BIAS = 100
 LEAST_TTFT_SECONDS = 0.001
 """What is asked for when the time to the first token is over: 0 would ask for none."""
+
+_FLOAT32 = 3.4e38
+"""Numbers beyond this are no float32, infinities and NaN among them."""
 
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[0-9a-f]{1,64})?", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9\-_.:]*", re.ASCII)
@@ -48,6 +54,7 @@ class AskedSampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     guide: Guide | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +62,6 @@ class Prompt:
     """Raw text."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation: (role, content), oldest first."""
-
-    messages: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +152,13 @@ def check_input(asked: Input | None, vocabulary: int) -> Input:
         case Prompt(text):
             if not text:
                 raise InvalidRequestError("prompt", text, "at least one character")
-        case Chat(messages):
-            if not messages:
+        case Chat(turns):
+            if not turns:
                 raise InvalidRequestError("chat.messages", [], "at least one message")
-            for i, (role, _) in enumerate(messages):
-                if not role:
+            for i, turn in enumerate(turns):
+                if not turn.role:
                     allowed = 'a role of the model\'s chat template, like "user"'
-                    raise InvalidRequestError(f"chat.messages[{i}].role", role, allowed)
+                    raise InvalidRequestError(f"chat.messages[{i}].role", turn.role, allowed)
         case Tokens(token_ids):
             if not token_ids:
                 raise InvalidRequestError("tokens.token_ids", [], "at least one token")
@@ -268,6 +268,7 @@ def check_sampling(
         logprobs=asked.logprobs,
         ignore_eos=asked.ignore_eos,
         guide=asked.guide,
+        logit_bias=_bias(asked.logit_bias, limits.vocabulary),
     )
 
 
@@ -307,6 +308,20 @@ def _number(
     return value
 
 
+def _bias(asked: Mapping[int, float], vocabulary: int) -> tuple[tuple[int, float], ...]:
+    if len(asked) > MAX_BIASES:
+        allowed = f"at most {MAX_BIASES}"
+        raise InvalidRequestError("sampling.logit_bias", f"{len(asked)} tokens", allowed)
+    for token_id, value in asked.items():
+        name = f"sampling.logit_bias[{token_id}]"
+        if token_id >= vocabulary:
+            allowed = f"ids are 0 to {vocabulary - 1}, the model's vocabulary"
+            raise InvalidRequestError(name, token_id, allowed)
+        if not -MAX_BIAS <= value <= MAX_BIAS:
+            raise InvalidRequestError(name, _shortest(value), f"{-MAX_BIAS} to {MAX_BIAS}")
+    return tuple(sorted(asked.items()))
+
+
 def _check_vocabulary(field: str, token_ids: Sequence[int], vocabulary: int) -> None:
     if max(token_ids, default=0) < vocabulary:
         return
@@ -318,7 +333,7 @@ def _check_vocabulary(field: str, token_ids: Sequence[int], vocabulary: int) -> 
 
 def _shortest(value: float) -> float:
     """What the client wrote: the shortest decimal that is the same float32 (2.1, not 2.0999999)."""
-    if not math.isfinite(value):
+    if not abs(value) < _FLOAT32:
         return value
     for digits in range(1, 10):
         text = f"{value:.{digits}g}"

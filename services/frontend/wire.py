@@ -16,11 +16,12 @@ from services.engine.wire import (
     prefix_from,
     prefix_to,
 )
+from services.frontend.chat import Chat, Turn
 from services.frontend.events import DecodeOutput, Placement, PrefillDone, Worker
 from services.frontend.request import Request
 from services.frontend.served import ServedAdapter, ServedModel
 from services.frontend.usage import cached_tokens
-from services.frontend.validate import Asked, AskedSampling, Chat, Prompt, Tokens
+from services.frontend.validate import Asked, AskedSampling, Prompt, Tokens
 from services.runtime.errors import DeadlineError, TandemError, WorkerLostError, by_reason, from_rpc
 from tandem.coordinator.v1 import coordinator_pb2
 from tandem.decode.v1 import decode_pb2
@@ -55,7 +56,7 @@ def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
         case "prompt":
             asked = Prompt(message.prompt)
         case "chat":
-            asked = Chat(tuple((m.role, m.content) for m in message.chat.messages))
+            asked = Chat(tuple(Turn(m.role, m.content) for m in message.chat.messages))
         case "tokens":
             asked = Tokens(tuple(message.tokens.token_ids))
     s = message.sampling
@@ -64,6 +65,7 @@ def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         guide=guide_from(s.guide) if s.HasField("guide") else None,
+        logit_bias=dict(s.logit_bias),
         **given,
     )
     level = message.service_level
@@ -143,6 +145,7 @@ def sampling_to(sampling: Sampling) -> generation_pb2.SamplingParams:
         logprobs=sampling.logprobs,
         ignore_eos=sampling.ignore_eos,
         guide=None if sampling.guide is None else guide_to(sampling.guide),
+        logit_bias=dict(sampling.logit_bias),
     )
 
 
@@ -281,6 +284,7 @@ def models_from(message: coordinator_pb2.GetModelsResponse) -> tuple[ServedModel
             adapters=tuple(
                 ServedAdapter(a.id, a.decode_workers, a.current_workers) for a in m.adapters
             ),
+            numerics=tuple(m.numerics),
         )
         for m in message.models
     )

@@ -22,11 +22,12 @@ from services.frontend import workers as workers_module
 from services.frontend.app import serve_model
 from services.frontend.awake import Awake
 from services.frontend.begin import Beginning, Chance
+from services.frontend.chat import Chat, Turn
 from services.frontend.coordinator import Coordinator
 from services.frontend.live import Cluster
 from services.frontend.patience import Patience
 from services.frontend.service import InferenceServicer
-from services.frontend.validate import Chat, Prompt
+from services.frontend.validate import Prompt
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
 from services.runtime.directory import StaticDirectory
@@ -80,10 +81,10 @@ class Letters:
         match asked:
             case Prompt(text):
                 return [ord(c) - 96 for c in text]
-            case Chat(messages):
-                if messages[0][0] == "alien":
+            case Chat(turns):
+                if turns[0].role == "alien":
                     raise InvalidRequestError("chat.messages[0].role", "alien", "user")
-                letters = "".join(content for _, content in messages).lower()
+                letters = "".join(turn.content or "" for turn in turns).lower()
                 return [ord(c) - 96 for c in letters if c.isalpha()]
         return list(asked.token_ids)
 
@@ -929,7 +930,7 @@ async def test_the_client_in_the_docs_works_as_pasted(world, tmp_path):
     )
     out, _ = await asyncio.wait_for(client.communicate(), 30)
     assert client.returncode == 0
-    expected = following(world.model.encode(Chat((("", "What is the capital of Japan?"),))), 48)
+    expected = following(world.model.encode(Chat((Turn("", "What is the capital of Japan?"),))), 48)
     room = 64 - len("WhatisthecapitalofJapan")
     first, second = out.decode().splitlines()
     assert first == spelled(expected[:room])

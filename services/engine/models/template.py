@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -57,19 +58,27 @@ class ChatTemplate:
                 file, f"chat template, line {error.lineno}: {error.message}"
             ) from error
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, object] = MappingProxyType({}),
+        continues: bool = False,
+    ) -> str:
         """The conversation as text, up to where the model's answer begins.
 
         Raises InvalidRequestError if the template refuses the conversation.
         """
+        given: dict[str, object] = {
+            "documents": None,
+            **self._special,
+            **variables,
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": not continues,
+        }
         try:
-            return self._template.render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._special,
-            )
+            return self._template.render(given)
         except jinja2.TemplateError as error:
             why = error.message or type(error).__name__
         except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:

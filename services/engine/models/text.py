@@ -6,15 +6,20 @@ import codecs
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
+from typing import Any
 
 import tokenizers
 
+from services.engine.models import nested
 from services.engine.models.decoding import ByteTable
 from services.engine.models.errors import ModelFileError
 from services.engine.models.folder import ModelFolder, read_json
 from services.engine.models.special import ControlTokens, TooManyNoncharactersError
 from services.engine.models.template import FIELD, template_of
 from services.runtime.errors import InvalidRequestError
+
+_SAID = (FIELD, "chat.tools", "chat.variables")
 
 
 class Tokenizer:
@@ -61,27 +66,38 @@ class Tokenizer:
         _valid("prompt", text)
         return self._tokenizer.encode(text, add_special_tokens=True).ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation (`role` and `content` each), up to where the answer begins.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, object] = MappingProxyType({}),
+        continues: bool = False,
+    ) -> list[int]:
+        """Tokens of a conversation, up to where the answer begins.
 
-        Control tokens come from the model's template only: in what the messages say they are plain
-        text. Raises InvalidRequestError if the template refuses the conversation or there is none.
+        Messages and tools as Hugging Face's templates take them, `variables` beside them. With
+        `continues` the answer goes on with the last message. Control tokens come from the model's
+        template only: in all that was said, names and schemas included, they are plain text.
+        Raises InvalidRequestError if the template refuses the conversation or there is none.
         """
         if self._template is None:
             raise InvalidRequestError(
                 "chat", "a conversation", "this model has no chat template; send a prompt"
             )
-        for i, message in enumerate(messages):
-            for key, text in message.items():
-                _valid(f"{FIELD}[{i}].{key}", text)
+        said: list[Any] = [list(messages), list(tools), dict(variables)]
+        found = [t for name, v in zip(_SAID, said, strict=True) for t in nested.texts(v, name)]
+        for place, text in found:
+            _valid(place, text)
         try:
-            hidden, originals = self._control_tokens.hide([t for m in messages for t in m.values()])
+            hidden, originals = self._control_tokens.hide([text for _, text in found])
         except TooManyNoncharactersError:
             raise InvalidRequestError(
                 FIELD, "every Unicode noncharacter", "leave one of U+FDD0 to U+FDEF out"
             ) from None
-        texts = iter(hidden)
-        rendered = self._template.render([{k: next(texts) for k in m} for m in messages])
+        if originals:
+            stand_ins = iter(hidden)
+            said = nested.replaced(said, lambda _: next(stand_ins))
+        rendered = self._template.render(said[0], said[1], said[2], continues)
         if not originals:
             return self._tokenizer.encode(rendered, add_special_tokens=False).ids
         return self._encode_apart(rendered, originals)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from services.engine.api import Sampling
+from services.frontend.chat import Chat, Turn
 from services.frontend.validate import (
     AskedSampling,
-    Chat,
     ModelLimits,
     Prompt,
     Tokens,
@@ -140,7 +140,7 @@ def test_stop_tokens_twice_count_once():
         (None, "input"),
         (Prompt(""), "prompt"),
         (Chat(()), "chat.messages"),
-        (Chat((("user", "hi"), ("", "x"))), "chat.messages[1].role"),
+        (Chat((Turn("user", "hi"), Turn("", "x"))), "chat.messages[1].role"),
         (Tokens(()), "tokens.token_ids"),
         (Tokens((1, 2, 50)), "tokens.token_ids[2]"),
     ],
@@ -150,7 +150,7 @@ def test_inputs_refused(given, field):
 
 
 @pytest.mark.parametrize(
-    "given", [Prompt(" "), Prompt("\0"), Chat((("user", ""),)), Tokens((0, 49))]
+    "given", [Prompt(" "), Prompt("\0"), Chat((Turn("user", ""),)), Tokens((0, 49))]
 )
 def test_inputs_taken(given):
     assert check_input(given, 50) is given
