@@ -364,13 +364,17 @@ async def test_a_prefill_that_ends_the_request_leaves_no_lease(new):
 
 async def test_a_lease_keeps_the_prompt_until_it_expires(new):
     worker = await new()
-    worker.engine.prefill(Request("a", prompt(20), GREEDY), Hold(0.3))
+    worker.engine.prefill(Request("a", prompt(20), GREEDY), Hold(600))
     first = await worker.first("a")
     assert (first.finish_reason, len(first.token_ids)) == (None, 1)
     assert first.kv.computed_tokens == 20
     stats = worker.engine.stats()
     assert (stats.leases, stats.held_blocks) == (1, 3)
+    store = worker.engine._store
+    clock = store._clock
+    store._clock = lambda: clock() + 600
     await worker.settled()
+    assert worker.engine.stats().leases_expired == 1
 
 
 async def test_first_tokens_that_end_the_request(new):
