@@ -14,8 +14,8 @@ SETTINGS = SCRIPTED | {
     "engine.chunk_tokens": "16",
     "coordinator.local_prefill_tokens": "0",
 }
-SOON = 5.0
-"""Seconds: silence_seconds is 2, and the machine that tests run on is busy."""
+SOON = 15.0
+"""Seconds: silence_seconds is 2, stall_seconds are 30, and the tests' machine is busy."""
 
 SAMPLED = {
     "temperature": 0.9,
@@ -98,6 +98,6 @@ async def test_a_prefill_worker_stopped_while_it_computes():
         attempts = answer.last.route.attempts
         assert [a.failure for a in attempts] == ["WORKER_SILENT", ""]
         assert cluster.worker(attempts[0].prefill_worker) == name
-        assert took < SOON + 1.5
+        assert took < SOON
         assert (await cluster.ask(request)).tokens == answer.tokens
         await cluster.nothing_held()
