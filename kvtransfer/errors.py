@@ -155,3 +155,31 @@ class TierUnusableError(KvError):
 
     reason = "KV_TIER_UNUSABLE"
     code = "FAILED_PRECONDITION"
+
+
+class WeightsNotGivenError(KvError):
+    """This worker does not give the weights that are asked for."""
+
+    reason = "WEIGHTS_NOT_GIVEN"
+    code = "NOT_FOUND"
+
+
+class WeightsDifferError(KvError):
+    """Under one name there are different files: at peers, or at a peer and here."""
+
+    reason = "WEIGHTS_DIFFER"
+    code = "FAILED_PRECONDITION"
+
+
+class WeightsInvalidError(KvError):
+    """A peer describes a folder, or asks for pieces, as nobody may."""
+
+    reason = "WEIGHTS_INVALID"
+    code = "INVALID_ARGUMENT"
+
+
+class WeightsLostError(KvError):
+    """No peer could give the weights; the message says of each why."""
+
+    reason = "WEIGHTS_LOST"
+    code = "UNAVAILABLE"

@@ -1,0 +1,1 @@
+"""A model's files from running workers: described by digest, fetched in pieces, verified."""
