@@ -96,7 +96,9 @@ async def test_drafts_change_no_token_and_no_logprob(new):
             assert logprobs(worker, name) == logprobs(plain, name)
         stats = worker.engine.stats()
         assert 0 < stats.accepted_tokens < stats.draft_tokens
-        assert stats.accepted_tokens + stats.decode_steps == sum(map(len, found))
+        # A draft that ends a request is right, and nothing is chosen after it.
+        tokens = sum(map(len, found))
+        assert tokens <= stats.accepted_tokens + stats.decode_steps <= tokens + len(found)
         await worker.settled()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +19,12 @@ from services.runtime.errors import GuideFailedError, InvalidRequestError
 
 Masks = NDArray[np.uint32]
 """[rows, words]: bit t % 32 of word t // 32 is set if token t may follow."""
+Mask = NDArray[np.uint32]
+"""One row of them."""
 
 MASK_SECONDS = 0.25
-"""CPU time that a step may take for one sequence: an ambiguous grammar can take any."""
+"""CPU time that a sequence's mask may take, and those behind its drafts together: an ambiguous
+grammar can take any."""
 
 PROBLEM_CHARACTERS = 400
 """Of what the library says, which may repeat the whole guide."""
@@ -46,20 +50,32 @@ class Guided:
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._vocabulary = vocabulary
-        self._grammar = grammar_of(guide)
         self._clock = cpu_clock
-        self._matcher = self._compiled()
-        self._tokens: list[int] = []
-        self._consumed = 0
-        self.failure: GuideFailedError | None = None
-        """Why the sequence can't go on: set by masks(), which then allows nothing."""
-        problem = self._matcher.get_error()
+        grammar = grammar_of(guide)
+        self._blank = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=_LIMITS)
+        problem = self._blank.get_error()
         if not problem:
+            self._begin()
             self.masks()
             problem = "" if self.failure is None else self.failure.message
         if problem:
             shown = guide.texts[0] if guide.texts else ""
             raise InvalidRequestError(FIELDS[guide.kind], shown, _words(problem))
+
+    def again(self) -> Guided:
+        """The same form for another sequence, without compiling it. Any thread."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def _begin(self) -> None:
+        self._matcher = self._blank.deep_copy()
+        self._tokens: list[int] = []
+        self._consumed = 0
+        self._broken = ""
+        self._looks = True
+        self.failure: GuideFailedError | None = None
+        """Why the sequence can't go on: set by masks(), which then allows nothing."""
 
     def accept(self, tokens: Iterable[int]) -> None:
         """The sequence goes on with these; whether they are of the form the next masks() says."""
@@ -68,11 +84,12 @@ class Guided:
     def masks(self, drafts: Sequence[int] = ()) -> Masks:
         """What may follow now, and after each of the drafts if those before it are accepted.
 
-        A row behind a draft that may not follow is never asked for, and allows everything. A row at
-        which the form can't be followed any further allows nothing; `failure` says why, if that is
-        the first.
+        The rows end where a draft may not follow, or where looking further takes too long; the
+        first is always there. One at which the form can't be followed any further allows nothing;
+        `failure` says why, if that is the first.
         """
-        rows = np.full((1 + len(drafts), self._vocabulary.words), 2**32 - 1, dtype=np.uint32)
+        rows = np.empty((1 + len(drafts), self._vocabulary.words), dtype=np.uint32)
+        self.failure = None
         began = self._clock()
         problem = self._catch_up() or self._fill(rows[0])
         if not problem and self._clock() - began > MASK_SECONDS:
@@ -80,34 +97,68 @@ class Guided:
         if problem:
             self.failure = GuideFailedError(problem)
             rows[0] = 0
-            return rows
-        self._look_ahead(rows, drafts)
-        return rows
+            return rows[:1]
+        return rows[: 1 + self._look_ahead(rows[1:], drafts)]
 
-    def _look_ahead(self, rows: Masks, drafts: Sequence[int]) -> None:
-        matcher, ahead = self._matcher, 0
-        for token, row in zip(drafts, rows[1:], strict=True):
-            if token in self._vocabulary.eos_token_ids or not matcher.try_consume_tokens([token]):
+    def look(self, drafts: Sequence[int]) -> Mask | None:
+        """What may follow after drafts; None: they may not follow, or it takes too long to say.
+
+        What comes of it is for masks() to judge, when the sequence has got there.
+        """
+        if not self._looks or self._catch_up():
+            return None
+        rows = np.empty((1, self._vocabulary.words), dtype=np.uint32)
+        if drafts:
+            found = self._look_ahead(rows, drafts, last=True) == 1
+        else:
+            began = self._clock()
+            found = not self._fill(rows[0])
+            self._looks = self._clock() - began <= MASK_SECONDS
+        return rows[0] if found else None
+
+    def _look_ahead(self, rows: Masks, drafts: Sequence[int], *, last: bool = False) -> int:
+        """Fills a row behind each draft, or behind the last alone; how many it has filled.
+
+        Who was slow once is not looked ahead for again: a sequence without drafts is judged by
+        each mask that it comes to.
+        """
+        filled = ahead = 0
+        began = self._clock()
+        for token in drafts if self._looks else ():
+            if token in self._vocabulary.eos_token_ids:
+                break
+            if not self._matcher.try_consume_tokens([token]):
                 break
             ahead += 1
-            if self._fill(row):
-                row[:] = 0
+            if last and ahead < len(drafts):
+                continue
+            problem = self._fill(rows[filled])
+            self._looks = self._clock() - began <= MASK_SECONDS
+            if not self._looks:
                 break
-        if matcher.is_error():  # which it stays in; the sequence may never get there
-            self._matcher, self._consumed = self._compiled(), 0
+            filled += 1
+            if problem:
+                rows[filled - 1] = 0
+                break
+        self._return(ahead)
+        return filled
+
+    def _return(self, ahead: int) -> None:
+        """To where the sequence is."""
+        if self._matcher.is_error():  # which it stays in; the sequence may never get there
+            self._matcher, self._consumed = self._blank.deep_copy(), 0
             self._catch_up()
         elif ahead:
-            matcher.rollback(ahead)
+            self._matcher.rollback(ahead)
 
     def _catch_up(self) -> str:
-        """Consumes what was accepted; what is wrong with it."""
+        """Consumes what was accepted; what is wrong with it, which stays wrong."""
         new = self._tokens[self._consumed :]
-        if not new:
-            return ""
-        if self._matcher.try_consume_tokens(new) < len(new):
-            return self._matcher.get_error() or "the output does not have the form"
-        self._consumed = len(self._tokens)
-        return ""
+        if new and not self._broken:
+            if self._matcher.try_consume_tokens(new) < len(new):
+                self._broken = self._matcher.get_error() or "the output does not have the form"
+            self._consumed = len(self._tokens)
+        return self._broken
 
     def _fill(self, row: NDArray[np.uint32]) -> str:
         """Writes the present mask; why there is none."""
@@ -117,9 +168,6 @@ class Guided:
         if "NoExtension" in self._matcher.get_error():
             return "no text of the form goes on from here"
         return f"the grammar is too complex to follow here: {self._matcher.get_error()}"
-
-    def _compiled(self) -> LLMatcher:
-        return LLMatcher(self._vocabulary.tokenizer, self._grammar, log_level=0, limits=_LIMITS)
 
 
 def _words(problem: str) -> str:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from services.engine.api import Guide
 from services.engine.guides.grammar import FIELDS
 from services.engine.guides.guided import Guided
-from services.engine.guides.threads import STACK_BYTES, deep_thread
+from services.engine.guides.threads import STACK_BYTES, deep_threads
 from services.engine.guides.vocabulary import Vocabulary
 from services.runtime.errors import InvalidRequestError, TandemError, by_reason
 
@@ -103,7 +103,7 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = MEMORY_BYTES + STACK_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    thread = deep_thread("guides")
+    thread = deep_threads("guides")
     with Connection(int(sys.argv[1])) as parent, contextlib.suppress(EOFError, OSError):
         vocabulary = Vocabulary(*parent.recv())
         parent.send(None)

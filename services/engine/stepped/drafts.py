@@ -25,8 +25,10 @@ from services.engine.stepped.drafting import DraftLength
 from services.engine.stepped.scheduler import Work
 from services.engine.stepped.sequence import Role, Sequence
 
-ChooseDraft = Callable[[Sequence, tuple[int, ...], NDArray[np.float32]], int | None]
-"""The token that logits give after a sequence's tokens and some drafts; None: they give none."""
+ChooseDrafts = Callable[[NDArray[np.float32]], Seq[int | None]]
+"""The token that each sequence's logits give after its tokens and drafts; None: they give none."""
+BeginDrafts = Callable[[Seq[Sequence]], ChooseDrafts]
+"""Called before these sequences' logits are computed: what needs none can be done beside that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,13 @@ class Drafting:
         most: int,
         block_tokens: int,
         clock: Callable[[], float],
-        choose: ChooseDraft,
+        begin: BeginDrafts,
     ) -> None:
         """`most` tokens are drafted at once; 0: only the layer's KV is written."""
         self._drafter = drafter
         self._block_tokens = block_tokens
         self._clock = clock
-        self._choose = choose
+        self._begin = begin
         self.length = DraftLength(most)
         self._planned = 0
 
@@ -73,6 +75,12 @@ class Drafting:
             return
         self.length.forward.note(len(batch.positions), seconds)
 
+    def note(self, checked: Mapping[Sequence, tuple[int, int]]) -> None:
+        """Of how many drafts of each sequence it was seen whether they were right; of how many."""
+        for drafts, right in checked.values():
+            if drafts:
+                self.length.acceptance.note(drafts, right)
+
     def draft(
         self, works: Seq[Work], batch: StepBatch, sensible: Mapping[Sequence, int | None]
     ) -> None:
@@ -82,10 +90,6 @@ class Drafting:
         sampled for how many tokens to draft at most, None for one that does not go on.
         """
         began = self._clock()
-        for work in works:
-            if work.drafts:
-                right = work.sequence.computed - work.end
-                self.length.acceptance.note(len(work.drafts), right)
         wanted = {s: min(self._planned, n) for s, n in sensible.items() if n is not None}
         self._draft(works, batch, wanted)
         self.length.drafted(batch.draft_calls, self._clock() - began)
@@ -98,15 +102,15 @@ class Drafting:
         ]
         rows = [r for r in rows if r.tokens]
         for call in range(batch.draft_calls):
+            ends = np.cumsum([len(r.tokens) for r in rows])
+            asked = [(r, int(end) - 1) for r, end in zip(rows, ends, strict=True) if r.wanted]
+            choose = self._begin([r.sequence for r, _ in asked])
             logits = self._drafter.draft(_batch_of(rows, deeper=call > 0))
             if not call:
                 for r in rows:
                     r.sequence.drafted = r.first + len(r.tokens)
-            ends = np.cumsum([len(r.tokens) for r in rows])
-            asked = [(r, int(end) - 1) for r, end in zip(rows, ends, strict=True) if r.wanted]
             found = []
-            for (r, row), values in zip(asked, logits, strict=True):
-                token = self._choose(r.sequence, r.sequence.drafts, values)
+            for (r, row), token in zip(asked, choose(logits), strict=True):
                 if token is not None:
                     r.sequence.drafts += (token,)
                     found.append(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,11 @@ from services.engine.api import (
     RankStats,
     TokenOutput,
 )
-from services.engine.guides.guided import Guided, Masks
-from services.engine.guides.threads import MaskThread
+from services.engine.guides.guided import Guided, Mask, Masks
+from services.engine.guides.threads import MaskThreads
 from services.engine.stepped.batch import Adapters, Drafter, Model, batch_of
 from services.engine.stepped.deadlines import Deadlines
-from services.engine.stepped.drafts import Drafting
+from services.engine.stepped.drafts import ChooseDrafts, Drafting
 from services.engine.stepped.filling import Filling
 from services.engine.stepped.inbox import (
     Cancel,
@@ -84,6 +85,8 @@ class _Gain:
     choices: tuple[Choice, ...]
     reason: FinishReason | None = None
     fault: EngineFault | None = None
+    drafts: tuple[int, int] = (0, 0)
+    """Of it how many were compared with what was chosen, and how many of these were right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,9 @@ class Stepper:
         self._drafting: Drafting | None = None
         if drafter is not None:
             size = store.layout.block_tokens
-            self._drafting = Drafting(drafter, settings.draft_tokens, size, clock, self._draft)
+            self._drafting = Drafting(
+                drafter, settings.draft_tokens, size, clock, self._begin_drafts
+            )
         self._own_layers = store.layout.layers - (0 if drafter is None else drafter.layers)
         self._limits = limits
         self._recompute_max_tokens = recompute_max_tokens
@@ -163,7 +168,7 @@ class Stepper:
         self._block_tokens = store.layout.block_tokens
         self._live: dict[int, _Live] = {}
         self._result = StepResult()
-        self._masks = MaskThread()
+        self._masks = MaskThreads()
         self._rates = Rates()
         self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
         self._serial = self._finished = self._preempted = 0
@@ -390,7 +395,7 @@ class Stepper:
         filling.begin()
         batch = batch_of(works, draft_calls)
         after_layers = filling.layers_done if filling.any else None
-        masks = self._masks.begin(self._guided(works))
+        masks = self._masks.begin(dict(self._wanted(works)))
         began = self._clock()
         try:
             logits = self._model.forward(batch, after_layers, self._store.layers_per_piece)
@@ -400,15 +405,16 @@ class Stepper:
         gains = self._gains(works, logits, allowed)
         if drafting is not None:
             drafting.computed(batch, self._clock() - began)
+            drafting.note({g.sequence: g.drafts for g in gains})
             drafting.draft(works, batch, {g.sequence: self._draftable(g) for g in gains})
         filling.finish()
         return gains
 
-    def _guided(self, works: Seq[Work]) -> Iterable[tuple[int, Guided, tuple[int, ...]]]:
+    def _wanted(self, works: Seq[Work]) -> Iterable[tuple[int, Callable[[], Masks]]]:
         for work in works:
             guided = self._live[work.sequence.serial].guided
             if work.sample and guided is not None:
-                yield work.sequence.serial, guided, work.drafts
+                yield work.sequence.serial, partial(guided.masks, work.drafts)
 
     def _gains(
         self, works: Seq[Work], logits: NDArray[np.float32], allowed: Mapping[int, Masks]
@@ -436,7 +442,8 @@ class Stepper:
         """
         sequence = work.sequence
         choices: list[Choice] = []
-        reason, fault = None, None
+        reason, fault, right = None, None, 0
+        known = 1 + len(work.drafts) if masks is None else len(masks)
         for row, draft in enumerate((*work.drafts, None)):
             allowed = None if masks is None else masks[row]
             choice = self._choose(sequence, allowed, logits[row], int(best[row]))
@@ -446,15 +453,17 @@ class Stepper:
             choices.append(choice)
             sequence.append((choice.token,))
             self._follow(sequence, choice.token)
+            right += choice.token == draft
             reason = sequence.finished(self._limits)
-            if reason is not None or choice.token != draft:
+            if reason is not None or choice.token != draft or row + 1 == known:
                 break
             sequence.computed += 1
+        checked = min(len(work.drafts), len(choices))
         if sequence.role is Role.DECODE:
             self._decode_steps += 1
             self._drafted += len(work.drafts)
-            self._accepted += max(0, len(choices) - 1)
-        return _Gain(sequence, tuple(choices), reason, fault)
+            self._accepted += right
+        return _Gain(sequence, tuple(choices), reason, fault, (checked, right))
 
     def _choose(
         self, sequence: Sequence, allowed: Masks | None, logits: NDArray[np.float32], best: int
@@ -469,7 +478,8 @@ class Stepper:
     def _no_choice(self, sequence: Sequence) -> EngineFault:
         guided = self._live[sequence.serial].guided
         if guided is not None and guided.failure is None:
-            self._masks.now(guided)  # it may have been at a draft
+            # It may have been at a draft.
+            self._masks.begin({sequence.serial: guided.masks}).result()
         if guided is None or guided.failure is None:
             return _NO_NUMBER
         failure = guided.failure
@@ -482,12 +492,32 @@ class Stepper:
             return None
         return sequence.left(self._limits) - 1
 
+    def _begin_drafts(self, sequences: Seq[Sequence]) -> ChooseDrafts:
+        """See drafts.BeginDrafts: masks are computed beside the draft layer."""
+        looks = self._masks.begin(
+            {
+                s.serial: partial(guided.look, s.drafts)
+                for s in sequences
+                if (guided := self._live[s.serial].guided) is not None
+            }
+        )
+
+        def choose(logits: NDArray[np.float32]) -> list[int | None]:
+            allowed = looks.result()
+            return [
+                self._draft(sequence, allowed, values)
+                for sequence, values in zip(sequences, logits, strict=True)
+            ]
+
+        return choose
+
     def _draft(
-        self, sequence: Sequence, drafts: tuple[int, ...], logits: NDArray[np.float32]
+        self, sequence: Sequence, looks: Mapping[int, Mask | None], logits: NDArray[np.float32]
     ) -> int | None:
-        guided = self._live[sequence.serial].guided
-        allowed = None if guided is None else self._masks.now(guided, drafts)[-1]
-        return token_of(self._row(sequence, drafts, allowed), logits, int(logits.argmax()))
+        allowed = looks.get(sequence.serial)
+        if allowed is None and sequence.serial in looks:
+            return None
+        return token_of(self._row(sequence, sequence.drafts, allowed), logits, int(logits.argmax()))
 
     def _row(
         self,

@@ -176,6 +176,23 @@ def test_no_token_follows_one_that_ends_a_request():
     assert stopped > 5, "none ended among accepted drafts"
 
 
+def test_a_right_draft_that_ends_a_request_counts_as_right():
+    ended_by_drafts = 0
+    for seed in range(20):
+        rig = Rig(seed, chance=1.0, most=3)
+        sampling = Sampling(max_tokens=30, seed=seed, stop_token_ids=tuple(range(3, 80)))
+        rig.submit(Request("a", (5, 9), sampling))
+        rig.drain()
+        load, length = rig.stepper.load, rig.stepper._drafting.length
+        over = load.accepted_tokens + load.decode_steps - len(rig.tokens("a"))
+        assert over in (0, 1)
+        ended_by_drafts += over
+        # All drafts are right, whatever was seen of them.
+        assert length.acceptance.tokens(3) >= Acceptance(3).tokens(3)
+        rig.close()
+    assert ended_by_drafts > 3
+
+
 def test_drafts_preempt_nobody():
     """A pool that just holds two sequences: with drafts there are as few preemptions as without."""
     counts = []

@@ -179,15 +179,15 @@ def test_the_end_comes_where_the_form_is_complete_and_alone_where_nothing_can_fo
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(schemas(), st.integers(0, 2**32))
 def test_a_form_taken_up_in_the_middle_allows_what_it_would_have(of, seed):
-    whole = Guided(VOCABULARY, schema(of))
-    tokens, _ = spoken(whole, seed)
+    form = Guided(VOCABULARY, schema(of))
+    tokens, _ = spoken(form.again(), seed)
     masks = []
     whole = Guided(VOCABULARY, schema(of))
     for token in tokens:
         masks.append(whole.masks()[0])
         whole.accept([token])
     for cut in range(len(tokens)):
-        late = Guided(VOCABULARY, schema(of))
+        late = form.again()
         late.accept(tokens[:cut])
         assert (late.masks()[0] == masks[cut]).all(), cut
 
@@ -211,9 +211,12 @@ def test_looking_ahead_sees_what_following_does_and_changes_nothing(of, seed, ah
         if wrong < len(drafts):
             may = set(allowed(expected[at + wrong]))
             drafts[wrong] = next(t for t in range(len(TOKENS)) if t not in may)
+        for row in range(len(drafts) + 1):
+            look = guided.look(drafts[:row])
+            assert (row > wrong) if look is None else (look == expected[at + row]).all()
         rows = guided.masks(drafts)
-        assert len(rows) == len(drafts) + 1
-        for row, mask in enumerate(rows[: wrong + 1]):
+        assert len(rows) == wrong + 1
+        for row, mask in enumerate(rows):
             assert (mask == expected[at + row]).all()
         guided.accept(tokens[at : at + wrong + 1])
         at += wrong + 1
@@ -222,8 +225,11 @@ def test_looking_ahead_sees_what_following_does_and_changes_nothing(of, seed, ah
 
 def test_a_draft_of_the_end_is_looked_behind_by_nobody():
     guided = Guided(VOCABULARY, regex("a*"))
-    rows = guided.masks([*ids_of("a"), EOS[1], *ids_of("a")])
+    drafts = [*ids_of("a"), EOS[1], *ids_of("a")]
+    rows = guided.masks(drafts)
+    assert len(rows) == 2
     assert set(EOS) <= set(allowed(rows[1]))
+    assert guided.look(drafts[:2]) is None
     guided.accept(ids_of("aa"))
     assert set(EOS) <= set(allowed(guided.masks()[0]))
 
@@ -243,6 +249,7 @@ def test_a_dead_end_behind_a_draft_harms_only_who_goes_there():
     guided = Guided(VOCABULARY, Guide(GuideKind.GRAMMAR, (DEAD_END,)))
     rows = guided.masks(ids_of("a"))
     assert allowed(rows[1]) == []
+    assert allowed(guided.look(ids_of("a"))) == []
     assert guided.failure is None
     assert set(ids_of("ao")) <= set(allowed(guided.masks()[0]))
     guided.accept(ids_of("ok"))
@@ -264,6 +271,81 @@ def test_a_grammar_that_takes_too_long_is_given_up():
     guided.masks()
     assert guided.failure is not None
     assert "too long" in guided.failure.message
+
+
+class Clock:
+    """Goes on by `each` whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now = self.each = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.each
+        return self.now
+
+
+def test_who_was_slow_at_a_draft_has_no_drafts_any_more_and_goes_on():
+    clock = Clock()
+    guided = Guided(VOCABULARY, regex("a*b"), cpu_clock=clock)
+    drafts = ids_of("aaa")
+    assert len(guided.masks(drafts)) == 4
+    clock.each = 0.3
+    assert guided.look(drafts) is None
+    clock.each = 0.0
+    assert guided.look(drafts) is None
+    assert guided.failure is None
+    rows = guided.masks(drafts)
+    assert len(rows) == 1
+    assert set(allowed(rows[0])) == {
+        *ids_of("ab"),
+        *(i for i, t in enumerate(TOKENS) if t == b"ab"),
+    }
+    guided.accept(ids_of("aab"))
+    assert set(allowed(guided.masks()[0])) == set(EOS)
+    assert guided.failure is None
+
+
+def test_rows_end_where_looking_ahead_takes_too_long():
+    clock = Clock()
+    guided = Guided(VOCABULARY, regex("a*b"), cpu_clock=clock)
+    clock.each = 0.1  # the mask itself takes so long, three behind drafts three times that
+    assert len(guided.masks(ids_of("aaa"))) == 3
+    assert guided.failure is None
+    assert len(guided.masks(ids_of("aaa"))) == 1
+
+
+def test_what_was_said_of_the_last_mask_is_not_said_of_the_next():
+    clock = Clock()
+    guided = Guided(VOCABULARY, regex("a*b"), cpu_clock=clock)
+    clock.each = 0.3
+    guided.masks()
+    assert guided.failure is not None
+    clock.each = 0.0
+    assert allowed(guided.masks()[0])
+    assert guided.failure is None
+
+
+def test_output_without_the_form_stays_without_it():
+    guided = Guided(VOCABULARY, regex("aax"))
+    guided.accept(ids_of("ax"))
+    for _ in range(3):
+        assert guided.look(()) is None
+        assert allowed(guided.masks()[0]) == []
+        assert guided.failure is not None
+
+
+def test_sequences_of_one_form_know_nothing_of_each_other():
+    one = Guided(VOCABULARY, regex("ab|cd"))
+    one.accept(ids_of("a"))
+    one.masks()
+    other = one.again()
+    other.accept(ids_of("c"))
+    assert set(allowed(one.masks()[0])) == set(ids_of("b"))
+    assert set(allowed(other.masks()[0])) == set(ids_of("d"))
+    one.accept(ids_of("x"))
+    one.masks()
+    assert one.failure is not None
+    assert one.again().failure is None
 
 
 @pytest.mark.parametrize("text", ["", "x", "ab", "日本é"])

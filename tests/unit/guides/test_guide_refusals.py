@@ -239,24 +239,20 @@ def test_no_guide_takes_long_to_try_and_none_ends_the_trial_for_others(name, sha
         shared.check(regex("(a"))
 
 
-def test_what_can_be_compiled_can_be_compiled_again_where_masks_are_made():
-    """A draft at which a form ends makes that necessary. In a process, since it would end this."""
+def test_what_can_be_compiled_can_be_followed_by_many_where_masks_are_made():
+    """In a process, since a stack that is too small would end this one."""
     code = """
 from services.engine.guides.guided import Guided
-from services.engine.guides.threads import MaskThread, deep_thread
+from services.engine.guides.threads import MaskThreads, deep_threads
 from tests.unit.guides.guide_world import VOCABULARY
 from tests.unit.guides.test_guide_refusals import HOSTILE
 
-guided = deep_thread("guides").submit(Guided, VOCABULARY, HOSTILE["chain of rules"]).result()
-
-class Again:
-    def masks(self, drafts=()):
-        guided._matcher, guided._consumed = guided._compiled(), 0
-        return guided.masks(drafts)
-
-threads = MaskThread()
-(masks,) = threads.begin([(1, Again(), ())]).result().values()
-assert (threads.now(Again()) == masks).all()
+guides = deep_threads("guides", 2)
+guided = guides.submit(Guided, VOCABULARY, HOSTILE["chain of rules"]).result()
+others = [guides.submit(guided.again).result() for _ in range(20)]
+found = MaskThreads().begin({i: other.masks for i, other in enumerate(others)}).result()
+assert len(found) == 20
+assert all((masks == found[0]).all() for masks in found.values())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
