@@ -297,6 +297,23 @@ async def test_a_request_cancelled_before_its_guide_is_there_leaves_nothing(new,
     check(document(new, await decode.generate("r", prompt(20), SAMPLED)), PERSON)
 
 
+async def test_prompts_that_wait_for_their_guides_are_queued_tokens(new, gated):
+    worker = await new()
+    worker.engine.decode(Request("r", prompt(31), SAMPLED), None)
+    worker.engine.prefill(Request("q", prompt(12), SAMPLED), Hold(600))
+    assert worker.engine.stats().queued_tokens == 43
+    # Others that came later have begun, and ended.
+    await worker.generate("free", prompt(9), Sampling(max_tokens=3, ignore_eos=True))
+    assert worker.engine.stats().queued_tokens == 43
+    assert worker.engine.stats().waiting == 2
+    worker.engine.cancel("q")
+    assert worker.engine.stats().queued_tokens == 31
+    gated.set()
+    await worker.tokens("r")
+    await worker.settled()
+    assert worker.engine.stats().queued_tokens == 0
+
+
 async def test_an_engine_closes_with_guides_on_their_way(new, gated):
     worker = await new()
     worker.engine.decode(Request("r", prompt(20), SAMPLED), None)

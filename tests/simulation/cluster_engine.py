@@ -235,7 +235,7 @@ class Engine:
 
     def stats(self):
         load, pool = self.stepper.load, self.store._pool
-        unseen = sum(tokens for serial, tokens in self.live.values() if serial > load.serial)
+        unseen = sum(tokens for serial, tokens in self.live.values() if serial > load.taken)
         return EngineStats(
             running=load.running,
             waiting=max(0, len(self.live) - load.running),

@@ -13,7 +13,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -55,7 +55,15 @@ from services.engine.guides.compiling import Guides
 from services.engine.stepped.adapters import EngineAdapters
 from services.engine.stepped.batch import LoadedModel
 from services.engine.stepped.guiding import Guiding
-from services.engine.stepped.inbox import Cancel, Close, FetchStopped, Inbox, Proceed
+from services.engine.stepped.inbox import (
+    Cancel,
+    Close,
+    Command,
+    FetchStopped,
+    Inbox,
+    Proceed,
+    Submit,
+)
 from services.engine.stepped.prefix import tier_timeout
 from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
@@ -91,6 +99,8 @@ class _Request:
     """Still to be computed here, as far as is known."""
     dp_rank: int = 0
     adapter: str = ""
+    order: int | None = None
+    """Of requests put into the inbox; None: its guide is being compiled."""
     proceeded: float | None = None
     """When its first tokens came from prefill: since then it waits for its KV alone."""
 
@@ -120,6 +130,7 @@ class SteppedEngine:
         self._clock = clock
         self._inbox = Inbox()
         self._serials = itertools.count(1)
+        self._orders = itertools.count(1)
         self._live: dict[str, _Request] = {}
         self._fetches: dict[int, asyncio.Task[FetchStopped]] = {}
         self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
@@ -192,7 +203,7 @@ class SteppedEngine:
             rounds=loaded.rounds,
         )
         guides = Guides(loaded.tokens, loaded.vocabulary, loaded.eos_token_ids)
-        self._guiding = Guiding(guides, self._inbox.put, self._refused)
+        self._guiding = Guiding(guides, self._put, self._refused)
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
         store.on_change(self._store_changed)
         self._thread.start()
@@ -313,11 +324,7 @@ class SteppedEngine:
         """Now."""
         load, store = self._stepper.load, self._store.stats()
         counters, fetched = self.kv.counters, self.kv.stats
-        unseen = 0
-        for request in reversed(self._live.values()):
-            if request.serial <= load.serial:
-                break
-            unseen += request.prompt_tokens
+        unseen = sum(request.prompt_tokens for request in self._unseen(load))
         return EngineStats(
             running=load.running,
             waiting=max(0, len(self._live) - load.running),
@@ -350,9 +357,7 @@ class SteppedEngine:
         ranks = list(load.ranks)
         if not ranks:
             return ()
-        for request in reversed(self._live.values()):
-            if request.serial <= load.serial:
-                break
+        for request in self._unseen(load):
             of = ranks[request.dp_rank]
             ranks[request.dp_rank] = replace(
                 of,
@@ -360,6 +365,12 @@ class SteppedEngine:
                 queued_tokens=of.queued_tokens + request.prompt_tokens,
             )
         return tuple(ranks)
+
+    def _unseen(self, load: Load) -> Iterator[_Request]:
+        """Those that the step thread has not taken in yet, or that wait for their guides."""
+        for request in self._live.values():
+            if request.order is None or request.order > load.taken:
+                yield request
 
     def check_integrity(self) -> None:
         """Proves the pool's books (free + cached + held = total); raises AssertionError."""
@@ -397,6 +408,11 @@ class SteppedEngine:
         )
         self._adapters.use(request.adapter)
         self._guiding.submit(sequence)
+
+    def _put(self, command: Command) -> None:
+        if isinstance(command, Submit):
+            self._live[command.sequence.request.request_id].order = next(self._orders)
+        self._inbox.put(command)
 
     def _refused(self, sequence: Sequence, fault: EngineFault) -> None:
         """A request whose guide is of no use ends before the step thread has heard of it."""

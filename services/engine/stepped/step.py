@@ -93,8 +93,8 @@ class _Gain:
 class Load:
     """How busy the engine is; replaced as a whole, so other threads may read it."""
 
-    serial: int = 0
-    """Of the last request taken in."""
+    taken: int = 0
+    """Requests taken in."""
     running: int = 0
     queued_tokens: int = 0
     finished: int = 0
@@ -171,7 +171,7 @@ class Stepper:
         self._masks = MaskThreads()
         self._rates = Rates()
         self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
-        self._serial = self._finished = self._preempted = 0
+        self._taken = self._finished = self._preempted = 0
         self._drafted = self._accepted = self._decode_steps = 0
         self.load = Load(ranks=self._ranks())
 
@@ -244,7 +244,7 @@ class Stepper:
         """What has come of commands, plans and steps since the last call; publishes `load`."""
         result, self._result = self._result, StepResult()
         self.load = Load(
-            serial=self._serial,
+            taken=self._taken,
             running=len(self._scheduler.admitted),
             queued_tokens=self._scheduler.queued_tokens,
             finished=self._finished,
@@ -335,8 +335,7 @@ class Stepper:
 
     def _submit(self, sequence: Sequence, guided: Guided | None) -> None:
         self._live[sequence.serial] = _Live(sequence, guided)
-        # One whose guide took long comes late.
-        self._serial = max(self._serial, sequence.serial)
+        self._taken += 1
         self._scheduler.submit(sequence)
         reason = sequence.finished(self._limits)
         if reason is not None:  # earlier attempts had all but said so
