@@ -28,6 +28,12 @@ def pytest_asyncio_loop_factories(config, item):
     return {"asyncio": asyncio.new_event_loop}
 
 
+@pytest.fixture(autouse=True)
+def tiers_have_time(monkeypatch):
+    """A tiny engine computes a block again in no time, and a busy machine's threads wait longer."""
+    monkeypatch.setattr("services.engine.stepped.prefix.LEAST_TIER_SECONDS", 60.0)
+
+
 @pytest.fixture(params=NAMES)
 def name(request) -> str:
     return request.param
