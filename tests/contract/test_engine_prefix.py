@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
+import threading
 
 import pytest
 
@@ -16,6 +18,7 @@ from tests.contract.test_engine import (
     GREEDY,
     PENALIZED,
     SAMPLED,
+    WAIT,
     Worker,
     hand_off,
     llama,  # noqa: F401 - fixtures
@@ -232,11 +235,22 @@ async def test_a_tenants_own_rule(in_region, tenant, region, moves):
     await source.settled()
 
 
-async def test_what_a_request_has_computed_can_be_fetched_while_it_runs(fetching, new):  # noqa: F811
+async def test_what_a_request_has_computed_can_be_fetched_while_it_runs(
+    fetching,
+    new,  # noqa: F811
+    monkeypatch,
+):
     """As when it moves: the other worker needs none of it computed but the last, open block."""
-    # Slow enough to be still running when its KV has come.
-    pace = {"scripted_step_seconds": 0.005}
-    alone, old, successor = await new(**pace), await new(**pace), await new(**pace)
+    alone, old, successor = await new(), await new(), await new()
+    model, go_on = old.engine._stepper._model, threading.Event()
+    forward, steps = model.forward, itertools.count()
+
+    def held_up(*args):
+        # Still running when its KV has come, however long that takes.
+        assert next(steps) < 36 or go_on.wait(WAIT)
+        return forward(*args)
+
+    monkeypatch.setattr(model, "forward", held_up)
     ids, long = prompt(21), dataclasses.replace(SAMPLED, max_tokens=120)
     expected = await alone.generate("a", ids, long)
     old.engine.decode(Request("r/0", ids, long), None)
@@ -246,6 +260,7 @@ async def test_what_a_request_has_computed_can_be_fetched_while_it_runs(fetching
     successor.engine.decode(Request("r/1", ids, long, tuple(known)), None, at(old, has))
     await successor.first("r/1")
     assert old.outputs["r/0"][-1].finish_reason is None
+    go_on.set()
     told = report(successor, "r/1")
     assert told.prefix.tokens == has // BLOCK * BLOCK
     assert told.computed_tokens == has + 1 - told.prefix.tokens
