@@ -36,6 +36,8 @@ Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 """host:port of each; also as one text with commas."""
 
 
+WeightsSource = Annotated[str, Field(pattern=r"^(workers|[^,\s]+:[0-9]+)$")]
+
 AdapterPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}=[^,]+$")]
 """name=folder."""
 
@@ -265,6 +267,36 @@ class KvSettings(_Section):
     )
 
 
+class WeightsSettings(_Section):
+    """Weights from running workers, and to them."""
+
+    sources: Annotated[tuple[WeightsSource, ...], BeforeValidator(_split)] = Field(
+        (),
+        description="Where a model that is not here is fetched from at the start: host:port of "
+        "workers that serve it, or workers: any that the coordinators know. Empty: nowhere.",
+    )
+    digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = Field(
+        "",
+        description="Digest of the folder to be fetched, as a fetch logs it; peers that have "
+        "another are not asked. Empty: peers are believed, as long as they agree.",
+    )
+    wait_seconds: float = Field(
+        60.0, ge=0, le=86_400, description="How long to wait for a worker that gives the model."
+    )
+    give: bool = Field(
+        True, description="Give the model's files to other workers, from its folder here."
+    )
+    give_mib_s: float = Field(
+        512.0,
+        ge=0,
+        description="MiB a second given at most, to all together, while requests run here; with "
+        "none running there is no limit. 0: never any.",
+    )
+    tcp_port: int = Field(
+        0, ge=0, le=65535, description="TCP port that weights are given on; 0 takes a free one."
+    )
+
+
 class WorkerSettings(_Section):
     """A worker's place in the cluster."""
 
@@ -486,3 +518,4 @@ class WorkerProcess(_Section):
     worker: WorkerSettings = WorkerSettings()
     engine: EngineSettings = EngineSettings()
     kv: KvSettings = KvSettings()
+    weights: WeightsSettings = WeightsSettings()
