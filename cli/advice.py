@@ -59,6 +59,13 @@ ADVICE = {
     "suspect memory or network.",
     "KV_TIER_UNUSABLE": "Give the worker a folder of its own with room for kv.disk_tier_mib, or "
     "turn the disk tier off (0).",
+    "WEIGHTS_NOT_GIVEN": "Name workers in weights.sources that serve this model and give it "
+    "(weights.give).",
+    "WEIGHTS_DIFFER": "Say which of the digests named is meant (weights.digest), or move away what "
+    "is here under the model's name.",
+    "WEIGHTS_INVALID": "A bug of the peer that is named, or no peer of ours; please report it.",
+    "WEIGHTS_LOST": "The message says of each worker what is wrong with it. Start again when one "
+    "gives the model: what has come is kept.",
     "KV_ERROR": "Update both sides: one reported an error that the other does not know.",
     "MODEL_NOT_FOUND": "`tandem models fetch` brings the models it knows; for another one set "
     "model.path.",

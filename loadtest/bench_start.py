@@ -24,6 +24,7 @@ FIRST_TOKEN = "first token"
 _SPENT_ON = {
     milestones.PROCESS: "interpreter, command line",
     milestones.SERVICES: "imports of services",
+    milestones.FETCHED: "files fetched from a worker",
     milestones.ENGINE: "imports of the engine, torch",
     milestones.WEIGHTS: "weights: read, laid out",
     milestones.RULES: "rules of linear layers",

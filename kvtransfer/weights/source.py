@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +80,17 @@ class WeightsSource(weights_pb2_grpc.WeightsServiceServicer):
         self._piece_bytes = piece_bytes
         self._clock = clock
         self._pace = Pace()
-        self._slots = Slots(piece_bytes)
         self._offload = Offload()
-        self._transports = make_transports(
+        self._make = partial(
+            make_transports,
             transports,
-            self._slots.segment,
-            self._offload,
+            offload=self._offload,
             host=tcp_host,
             port=tcp_port,
             host_id=host_id,
         )
         self._starting = asyncio.Lock()
-        self._started: dict[str, Transport] | None = None
+        self._started: _Started | None = None
         self._reading: asyncio.Task[Manifest] | None = None
         self._read = _Count()
 
@@ -99,10 +99,11 @@ class WeightsSource(weights_pb2_grpc.WeightsServiceServicer):
         if self._reading is not None:
             self._read.stop = True
             await asyncio.gather(self._reading, return_exceptions=True)
-        for transport in (self._started or {}).values():
-            await transport.close()
+        if self._started is not None:
+            for transport in self._started.transports.values():
+                await transport.close()
+            self._started.slots.segment.close()
         self._offload.close()
-        self._slots.segment.close()
 
     async def Describe(  # noqa: N802
         self, request: pb.DescribeRequest, context: _Context
@@ -134,8 +135,9 @@ class WeightsSource(weights_pb2_grpc.WeightsServiceServicer):
                 f"{manifest.digest.hex()}, {opening.digest.hex()} is asked for",
                 model=self._given.model,
             )
-        agreed = await self._agree(opening)
-        giving = Giving(self._given.folder, manifest, self._slots, self._offload)
+        started = await self._start()
+        agreed = _agree(started, opening)
+        giving = Giving(self._given.folder, manifest, started.slots, self._offload)
         listening = asyncio.create_task(giving.listen(requests))
         began = self._clock()
         log.info("%s fetches weights over %s: %s", context.peer(), agreed.ticket.name, agreed.why)
@@ -191,28 +193,39 @@ class WeightsSource(weights_pb2_grpc.WeightsServiceServicer):
         except OSError as error:
             raise WeightsNotGivenError(f"{given.folder} can't be read: {error}") from error
 
-    async def _agree(self, opening: wire.Opening) -> wire.Agreed:
-        transports, not_offered = await self._start()
-        choice = choose(
-            [t.source_offer() for t in transports.values()],
-            opening.offers,
-            transports,
-            not_offered,
-        )
-        return wire.Agreed(transports[choice.name].ticket(), choice.why, WINDOW)
-
-    async def _start(self) -> tuple[dict[str, Transport], dict[str, str]]:
-        not_offered = {t.name: t.why_not() for t in self._transports if t.why_not()}
+    async def _start(self) -> _Started:
         async with self._starting:
             if self._started is None:
-                usable = [t for t in self._transports if not t.why_not()]
+                slots = Slots(self._piece_bytes)
+                asked = self._make(slots.segment)
+                not_offered = {t.name: t.why_not() for t in asked if t.why_not()}
+                usable = {t.name: t for t in asked if not t.why_not()}
                 if not usable:
                     said = "; ".join(f"{name}: {why}" for name, why in not_offered.items())
                     raise NoTransportError(f"no transport can be offered: {said}")
-                for transport in usable:
+                for transport in usable.values():
                     await transport.start()
-                self._started = {t.name: t for t in usable}
-        return self._started, not_offered
+                self._started = _Started(slots, usable, not_offered)
+        return self._started
+
+
+def _agree(started: _Started, opening: wire.Opening) -> wire.Agreed:
+    choice = choose(
+        [t.source_offer() for t in started.transports.values()],
+        opening.offers,
+        started.transports,
+        started.not_offered,
+    )
+    return wire.Agreed(started.transports[choice.name].ticket(), choice.why, WINDOW)
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """What there is from the first call on."""
+
+    slots: Slots
+    transports: Mapping[str, Transport]
+    not_offered: Mapping[str, str]
 
 
 class _Count:

@@ -11,13 +11,14 @@ _log = logging.getLogger(LOGGER)
 
 PROCESS = "the process runs"
 SERVICES = "services are imported"
+FETCHED = "the model's files are here"
 ENGINE = "the engine is imported"
 WEIGHTS = "weights are laid out"
 RULES = "rules of linear layers are known"
 TRIED = "the model has computed"
 WARM = "the engine is warm"
 READY = "ready"
-MILESTONES = (PROCESS, SERVICES, ENGINE, WEIGHTS, RULES, TRIED, WARM, READY)
+MILESTONES = (PROCESS, SERVICES, FETCHED, ENGINE, WEIGHTS, RULES, TRIED, WARM, READY)
 """In order. A process may lack some."""
 
 

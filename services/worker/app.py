@@ -6,13 +6,14 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from kvtransfer.weights.source import WeightsSource
 from services.decode.service import DecodeServicer
 from services.engine.api import Engine
 from services.engine.build import build
@@ -25,6 +26,7 @@ from services.runtime.channels import Channels
 from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import WorkerProcess
+from services.worker import weights
 from services.worker.adapters import AdapterServicer
 from services.worker.duty import Duty
 from services.worker.worker import Worker, WorkerServicer
@@ -32,6 +34,7 @@ from tandem.adapters.v1 import adapters_pb2_grpc
 from tandem.decode.v1 import decode_pb2_grpc
 from tandem.kvtransfer.v1 import kvtransfer_pb2_grpc
 from tandem.prefill.v1 import prefill_pb2_grpc
+from tandem.weights.v1 import weights_pb2_grpc
 
 FRAME_SECONDS = 1.0
 """Time for the last frames to reach their frontends once a drain has handed requests back."""
@@ -65,9 +68,14 @@ async def serve(
 ) -> None:
     """Loads the engine, serves, registers, and calls `ready`; on `stop` drains and closes.
 
-    `role` is the one to begin with. Raises EngineFailedError if the engine's output ends while the
+    `role` is the one to begin with. Weights that are not here are fetched first, if
+    weights.sources says from where. Raises EngineFailedError if the engine's output ends while the
     process should serve.
     """
+    if settings.weights.sources:
+        if not await _unless(stop, weights.fetch(settings)):
+            return
+        milestones.reached(milestones.FETCHED)
     kv = settings.kv
     if kv.disk_tier_folder:
         folder = Path(kv.disk_tier_folder) / (settings.worker.name or role)
@@ -102,7 +110,8 @@ async def _serve_engine(
     servicers = {name: _SERVICES[name].make(engine, settings) for name in duty.services}
     worker = Worker(engine, servicers, duty)
     adapters = AdapterServicer(engine)
-    address, server = await _listen(role, engine, servicers, adapters, settings)
+    giving = weights.source(settings, engine)
+    address, server = await _listen(role, engine, servicers, adapters, giving, settings)
     channels = Channels()
 
     def on_role(wanted: str, why: str) -> None:
@@ -132,6 +141,8 @@ async def _serve_engine(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(FRAME_SECONDS)
+        if giving is not None:
+            await giving.close()
         await listing.close()
         await channels.close()
 
@@ -141,6 +152,7 @@ async def _listen(
     engine: Engine,
     servicers: dict[str, WorkerServicer],
     adapters: AdapterServicer,
+    giving: WeightsSource | None,
     settings: WorkerProcess,
 ) -> tuple[str, Server]:
     server = Server(settings.server, role)
@@ -158,7 +170,26 @@ async def _listen(
             kv.servicer,
             "tandem.kvtransfer.v1.KvTransferService",
         )
+    if giving is not None:
+        server.add(
+            weights_pb2_grpc.add_WeightsServiceServicer_to_server,
+            giving,
+            "tandem.weights.v1.WeightsService",
+        )
     return await server.start(), server
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether `work` ended before `stop` was set, which cancels it. Raises what it raises."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        return working.done() and (working.result() or True)
+    finally:
+        stopping.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
 
 async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

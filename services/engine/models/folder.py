@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from services.engine.models import cache, catalog, convert
 from services.engine.models.errors import ModelFileError, ModelNotFoundError
@@ -131,14 +132,27 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
+def fetched_folder(name: str, models: Path) -> Path:
+    """Where a model of that name is put that is fetched from workers."""
+    return models / "peers" / f"model-{quote(name, safe='')}"
+
+
 def _cached(name: str, models: Path) -> Path:
-    known = catalog.find(name)
+    fetched = fetched_folder(name, models)
+    try:
+        known = catalog.find(name)
+    except ModelNotFoundError:
+        if (fetched / "config.json").is_file():
+            return fetched
+        raise
     if isinstance(known, ShippedModel):
         return known.folder
     home = models / name
     folder = convert.folder_for(home, known.gguf_sha256)
     if folder.is_dir():
         return folder
+    if (fetched / "config.json").is_file():
+        return fetched
     file = home / known.gguf
     if not file.is_file():
         raise ModelNotFoundError(
