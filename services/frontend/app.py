@@ -15,6 +15,7 @@ from services.frontend.coordinator import Coordinator
 from services.frontend.folder import FolderModel
 from services.frontend.live import Cluster
 from services.frontend.model import Model
+from services.frontend.openai.service import OpenAIServicer
 from services.frontend.patience import Patience
 from services.frontend.service import InferenceServicer
 from services.frontend.workers import Workers
@@ -23,6 +24,7 @@ from services.runtime.directory import Kind, Member, directory
 from services.runtime.server import Server
 from services.runtime.settings import FrontendProcess
 from tandem.inference.v1 import inference_pb2_grpc
+from tandem.openai.v1 import openai_pb2_grpc
 
 TEXT_THREADS = 2
 """For tokenizing and hashing, which let go of the interpreter lock for most of their time."""
@@ -62,6 +64,9 @@ async def serve_model(
         server = Server(settings.server, "frontend")
         adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
         server.add(adder, InferenceServicer(beginning), "tandem.inference.v1.InferenceService")
+        openai_adder = openai_pb2_grpc.add_OpenAIServiceServicer_to_server
+        openai = OpenAIServicer(beginning, time.time)
+        server.add(openai_adder, openai, "tandem.openai.v1.OpenAIService")
         sweeper = asyncio.create_task(_sweep(workers))
         try:
             address = await server.start()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 
 from kvtransfer.keys import block_keys, salt
-from services.engine.api import Sampling
+from services.engine.api import Guide, Sampling
 from services.frontend import validate
 from services.frontend.guides import Guides
 from services.frontend.live import Cluster, Job, LiveRequest
@@ -120,8 +120,16 @@ class Beginning:
             tenant = validate.check_tenant(name, given)
         return Caller(arrived, deadline, tenant)
 
-    async def prepare(self, asked: validate.Asked, caller: Caller) -> Prepared:
-        """Checks everything, the cheap things first, and tokenizes. Raises TandemError."""
+    async def prepare(
+        self,
+        asked: validate.Asked,
+        caller: Caller,
+        guide: Callable[[Sequence[int]], Guide | None] | None = None,
+    ) -> Prepared:
+        """Checks everything, the cheap things first, and tokenizes. Raises TandemError.
+
+        `guide`: gives the answer's form if that depends on the prompt's tokens.
+        """
         wishes = self._wishes(asked, caller.tenant)
         served = await self.served(asked.model)
         limits = validate.ModelLimits(
@@ -131,6 +139,7 @@ class Beginning:
             self.settings.default_max_tokens,
         )
         given = validate.check_input(asked.input, limits.vocabulary)
+        validate.check_length(given, served.context_tokens, self.settings.characters_per_token)
         validate.check_stops(asked.stop)
         sampling = validate.check_sampling(asked.sampling, limits, self._chance.seed)
         if sampling.guide is not None:
@@ -141,6 +150,9 @@ class Beginning:
             wishes = replace(wishes, adapter=adapter)
         salted = salt(served.name, served.kv_layout, wishes.tenant, wishes.adapter)
         prompt, keys = await self.off_loop(self._tokenize, given, served, salted)
+        if guide is not None and (form := guide(prompt)) is not None:
+            await self._guides.check(form)
+            sampling = replace(sampling, guide=form)
         room = validate.room_for_output(given, len(prompt), served.context_tokens)
         sampling = clipped(sampling, room)
         return Prepared(caller, served, prompt, sampling, asked.stop, wishes, salted, keys)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from services.engine.models.folder import resolve
 from services.engine.models.text import Detokenizer, Tokenizer
@@ -28,22 +29,29 @@ class FolderModel:
         self.vocabulary: int = folder.vocabulary
         self.eos_token_ids: tuple[int, ...] = folder.eos_token_ids
         self.tokens: Sequence[bytes] = self._tokenizer.table.tokens
+        self.control_tokens: Mapping[int, str] = self._tokenizer.control_tokens
         self.answers: AnswerFormat = PlainFormat()
 
     def encode(self, asked: Input) -> list[int]:
         """See Model."""
         match asked:
-            case Prompt(words):
-                return self._tokenizer.encode(words)
+            case Prompt(words, special):
+                return self._tokenizer.encode(words, special)
             case Chat():
                 return self._tokenizer.encode_chat(
-                    [_message(turn) for turn in asked.turns],
+                    [_message(self._known(turn)) for turn in asked.turns],
                     [_tool(function) for function in asked.tools],
                     asked.variables,
                     asked.continues,
                 )
             case Tokens(token_ids):
                 return list(token_ids)
+
+    def _known(self, turn: Turn) -> Turn:
+        """Developers are what older templates call the system."""
+        if turn.role != "developer" or self._tokenizer.knows_developers:
+            return turn
+        return replace(turn, role="system")
 
     def thinks_after(self, prompt: Sequence[int]) -> bool:
         """See Model."""

@@ -114,6 +114,10 @@ class LiveRequest:
             raise self._error
         return piece
 
+    async def begun(self) -> None:
+        """Waits for the first token, or for the end. Takes nothing."""
+        await self._moved.wait()
+
     async def whole(self) -> Piece:
         """Everything, once the request has ended. Raises the error that ended it."""
         await self._ended.wait()

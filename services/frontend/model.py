@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from services.frontend import text
@@ -28,6 +28,10 @@ class Model(Protocol):
     @property
     def tokens(self) -> Sequence[bytes]:
         """The bytes of every token by id, none for control tokens."""
+
+    @property
+    def control_tokens(self) -> Mapping[int, str]:
+        """What control tokens are called."""
 
     @property
     def answers(self) -> AnswerFormat:

@@ -59,9 +59,10 @@ class AskedSampling:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Raw text."""
+    """Raw text. `special`: with the tokens that the model wants at its ends."""
 
     text: str
+    special: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,8 @@ def check_model(asked: str, own: str, served: Iterable[str]) -> None:
         return
     names = sorted(set(served) & {own}) or [f"none now ({own} when its workers are up)"]
     raise UnknownModelError(
-        f"model {_cut(asked)!r} is not served; served: {', '.join(names)}",
-        model=_cut(asked),
+        f"model {cut(asked)!r} is not served; served: {', '.join(names)}",
+        model=cut(asked),
         served=", ".join(names),
     )
 
@@ -162,8 +163,28 @@ def check_input(asked: Input | None, vocabulary: int) -> Input:
         case Tokens(token_ids):
             if not token_ids:
                 raise InvalidRequestError("tokens.token_ids", [], "at least one token")
-            _check_vocabulary("tokens.token_ids", token_ids, vocabulary)
+            check_vocabulary("tokens.token_ids", token_ids, vocabulary)
     return asked
+
+
+def check_length(asked: Input, context_tokens: int, characters_per_token: int) -> None:
+    """Text that can hardly fit is not tokenized to find out. Raises InvalidRequestError."""
+    match asked:
+        case Prompt(text):
+            field, size = "prompt", len(text)
+        case Chat(turns):
+            field, size = "chat.messages", sum(len(turn.content or "") for turn in turns)
+        case Tokens(token_ids):
+            if len(token_ids) >= context_tokens:
+                room_for_output(asked, len(token_ids), context_tokens)
+            return
+    most = context_tokens * characters_per_token
+    if size > most:
+        allowed = (
+            f"at most {most}, which is {characters_per_token} (frontend.characters_per_token) for "
+            f"each token of the context window of {context_tokens}"
+        )
+        raise InvalidRequestError(field, f"{size} characters", allowed)
 
 
 def check_priority(priority: int) -> None:
@@ -249,7 +270,7 @@ def check_sampling(
     if asked.guide is not None and asked.ignore_eos:
         allowed = "with a guide the end-of-sequence token says that the form is complete"
         raise InvalidRequestError("sampling.ignore_eos", True, allowed)
-    _check_vocabulary("sampling.stop_token_ids", asked.stop_token_ids, limits.vocabulary)
+    check_vocabulary("sampling.stop_token_ids", asked.stop_token_ids, limits.vocabulary)
     top_k = asked.top_k or 0
     return Sampling(
         temperature=_number("temperature", asked.temperature, 1.0, 0.0, 2.0),
@@ -322,7 +343,8 @@ def _bias(asked: Mapping[int, float], vocabulary: int) -> tuple[tuple[int, float
     return tuple(sorted(asked.items()))
 
 
-def _check_vocabulary(field: str, token_ids: Sequence[int], vocabulary: int) -> None:
+def check_vocabulary(field: str, token_ids: Sequence[int], vocabulary: int) -> None:
+    """Raises InvalidRequestError naming the first that is none of the model's."""
     if max(token_ids, default=0) < vocabulary:
         return
     for i, token_id in enumerate(token_ids):
@@ -347,5 +369,6 @@ def _shows(name: str) -> bool:
     return not any(unicodedata.category(c).startswith("C") for c in name)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Short enough to be shown."""
     return text if len(text) <= 60 else text[:57] + "..."

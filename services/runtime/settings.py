@@ -431,6 +431,20 @@ class FrontendSettings(_Section):
         "that its prompt may take.",
     )
     default_max_tokens: int = Field(256, ge=1, description="max_tokens where the client gave none.")
+    max_messages: int = Field(4096, ge=1, description="Longest conversation taken, in messages.")
+    max_tools: int = Field(128, ge=1, description="Most functions taken with a conversation.")
+    tools_bytes: int = Field(
+        262_144, ge=1, description="Of these, most bytes of schemas and descriptions together."
+    )
+    max_choices: int = Field(
+        128, ge=1, le=1024, description="Most answers to one request: n, times its prompts."
+    )
+    characters_per_token: int = Field(
+        32,
+        ge=1,
+        description="Text with more characters than this for each token of the context window is "
+        "refused before it is tokenized.",
+    )
     guide_bytes: int = Field(
         65_536, ge=1, le=2**18, description="Longest guide (a JSON schema, say) taken."
     )

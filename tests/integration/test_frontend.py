@@ -379,8 +379,8 @@ async def eventually(what, seconds: float = 5.0) -> None:
 
 
 @contextlib.asynccontextmanager
-async def a_world(**settings):
-    world = World(FakeCoordinator(), Letters())
+async def a_world(coordinator=None, model=None, more=lambda beginning: (), **settings):
+    world = World(coordinator or FakeCoordinator(), model or Letters())
     adder = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
     world.servers["coordinator"], address = await listen((adder, world.coordinator, "c"))
     world.coordinator_address = address
@@ -397,7 +397,7 @@ async def a_world(**settings):
         beginning = Beginning(world.model, cluster, frontend, texts, chance)
         servicer = InferenceServicer(beginning)
         adder = inference_pb2_grpc.add_InferenceServiceServicer_to_server
-        server, world.address = await listen((adder, servicer, "i"))
+        server, world.address = await listen((adder, servicer, "i"), *more(beginning))
         channel = grpc.aio.insecure_channel(world.address)
         world.stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
@@ -405,6 +405,7 @@ async def a_world(**settings):
         finally:
             await channel.close()
             await server.stop(0)
+            await beginning.close()
             await world.workers.close()
             await coordinator.close()
             await channels.close()

@@ -51,6 +51,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: now().strftime(form)
         self._special = dict(special)
+        self.knows_developers = '"developer"' in source or "'developer'" in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:

@@ -46,6 +46,8 @@ class Tokenizer:
             if token.special
         }
         self._control_tokens = ControlTokens(list(self._control))
+        self.control_tokens = {token_id: name for name, (token_id, _) in self._control.items()}
+        """Their text by id."""
         config_path = folder.path / "tokenizer_config.json"
         config = read_json(config_path) if config_path.exists() else {}
         self._template = template_of(folder.path, config, now)
@@ -56,15 +58,20 @@ class Tokenizer:
                 f"has {len(self.table)} tokens, config.json's vocab_size is {folder.vocabulary}",
             )
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a raw prompt.
+    @property
+    def knows_developers(self) -> bool:
+        """The chat template has a role "developer"."""
+        return self._template is not None and self._template.knows_developers
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a raw prompt. `special`: those too that the model wants at its ends.
 
         It is taken as it is: control tokens written in it are control tokens, so that a client can
         render conversations itself, and the beginning-of-sequence token is added if the model
         wants one. Text of others belongs in encode_chat().
         """
         _valid("prompt", text)
-        return self._tokenizer.encode(text, add_special_tokens=True).ids
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_chat(
         self,
