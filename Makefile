@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 .DELETE_ON_ERROR:
 .PHONY: help demo up test simulate bench lint types imports protos protos-check docs \
-        install install-dev model clean
+        install install-dev model gateway gateway-protos clean
 
 help: ## What can be asked of make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[torch,plot,peer,nixl,ucx,dev]'
+	$(PIP) -e '.[torch,plot,peer,nixl,ucx,gateway,dev]'
 	@touch $@
 
 install: $(VENV)/.installed ## What is needed to serve
@@ -70,11 +70,20 @@ types: install-dev ## mypy --strict
 imports: install-dev ## Who may import whom
 	$(BIN)/lint-imports
 
+gateway: install ## The HTTP gateway, out/gateway/tandem-gateway (ARGS=--modules: by go.mod)
+	$(PIP) -e '.[gateway]'
+	$(BIN)/python deploy/gateway/build.py $(ARGS)
+
+gateway-protos: install-dev ## Regenerate what the gateway has from the protos
+	$(BIN)/python deploy/gateway/build.py --generate
+
 protos: install-dev ## Regenerate protos/gen
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py
 
 protos-check: install-dev ## What is checked in is what would be generated
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python protos/generate.py --check
+	@# Status 3: no generators for Go can be had on this machine. CI has them.
+	$(BIN)/python deploy/gateway/build.py --check || [ $$? -eq 3 -a -z "$$CI" ]
 
 docs: install ## Rewrite docs/settings.md and docs/errors.md from the code
 	$(BIN)/python -m cli.docs
