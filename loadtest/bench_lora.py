@@ -36,12 +36,12 @@ def files(model: TorchModel, name: str, rank: int, seed: int) -> AdapterFiles:
     random, tensors = torch.Generator().manual_seed(seed), {}
     for layer in model.weights.layers:
         for projection in layer.projections:
-            for module, outputs in projection.parts:
+            for part in projection.parts:
                 for end, shape in (
                     ("A", (rank, projection.linear.inputs)),
-                    ("B", (outputs, rank)),
+                    ("B", (part.outputs, rank)),
                 ):
-                    key = f"base_model.model.{module}.lora_{end}.weight"
+                    key = f"base_model.model.{part.name}.lora_{end}.weight"
                     tensors[key] = torch.randn(shape, generator=random) / 100
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
     return AdapterFiles(f"{name}@{seed:032x}", json.dumps(config).encode(), save(tensors))

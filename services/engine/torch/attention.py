@@ -15,6 +15,7 @@ from services.engine.torch.kernels.grouped_steps import GroupedSteps
 from services.engine.torch.kernels.latent_steps import LatentSteps
 from services.engine.torch.kernels.steps import Norm
 from services.engine.torch.linears import Linears
+from services.engine.torch.parallel.tensor_cuts import Cuts
 from services.engine.torch.rope import rotary_tables
 from services.engine.torch.shapes import GroupedShape, MlaShape
 from services.engine.torch.weights import RANK_EPSILON, GroupedWeights, MlaWeights, latent_shape
@@ -31,7 +32,8 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """Writes the KV of x [room, hidden], of which `count` rows count, then attends.
 
-        Returns [room, shape.attended], which stands until the next call.
+        Returns what the heads here make of it, [room, heads * width of a value], which stands
+        until the next call.
         """
 
 
@@ -46,10 +48,11 @@ class GroupedAttention:
         dtype: torch.dtype,
         threads: int,
         linear: Linears,
+        cuts: Cuts,
     ) -> None:
         cosines, sines = rotary_tables(config.rope, shape.rotary, config.positions)
-        epsilon = config.norm_epsilon
-        self._steps = GroupedSteps(shape, layout, dtype, threads, cosines, sines, epsilon)
+        epsilon, here = config.norm_epsilon, cuts.grouped(shape)[cuts.rank]
+        self._steps = GroupedSteps(shape, layout, dtype, threads, cosines, sines, epsilon, here)
         self._linear = linear
 
     def begin(self, step: Plan, pool: npt.NDArray[np.uint8], room: int) -> None:
@@ -75,11 +78,13 @@ class LatentAttention:
         dtype: torch.dtype,
         threads: int,
         linear: Linears,
+        cuts: Cuts,
     ) -> None:
         cosines, sines = rotary_tables(config.rope, shape.rotary, config.positions)
-        latent = latent_shape(config, shape)
+        heads = len(cuts.here(cuts.heads(shape.heads)))
+        latent = latent_shape(config, shape, heads)
         self._steps = LatentSteps(latent, layout, dtype, threads, cosines, sines)
-        self._q_width = shape.q_rank or shape.heads * (shape.nope + shape.rope)
+        self._q_width = shape.q_rank or heads * (shape.nope + shape.rope)
         self._norm = None
         if shape.q_rank is not None:
             self._norm = Norm(shape.q_rank, RANK_EPSILON, dtype, threads)
@@ -106,10 +111,15 @@ class LatentAttention:
 
 
 def attention_of(
-    config: ModelConfig, layout: KvLayout, dtype: torch.dtype, threads: int, linear: Linears
+    config: ModelConfig,
+    layout: KvLayout,
+    dtype: torch.dtype,
+    threads: int,
+    linear: Linears,
+    cuts: Cuts,
 ) -> Attention:
-    """The one that the model has."""
+    """The one that the model has, with the heads that are here."""
     shape = config.attention
     if isinstance(shape, GroupedShape):
-        return GroupedAttention(config, shape, layout, dtype, threads, linear)
-    return LatentAttention(config, shape, layout, dtype, threads, linear)
+        return GroupedAttention(config, shape, layout, dtype, threads, linear, cuts)
+    return LatentAttention(config, shape, layout, dtype, threads, linear, cuts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,8 @@ from services.engine.torch.kernels.int4 import Int4Linear
 from services.engine.torch.kernels.linear import Linear
 from services.engine.torch.kernels.moe_steps import ExpertWeights, RouterWeights
 from services.engine.torch.linears import Projection
-from services.engine.torch.shapes import GroupedShape, MlaShape, MoeShape
+from services.engine.torch.parallel.tensor_cuts import WHOLE, Cuts, Edges, widths
+from services.engine.torch.shapes import GroupedShape, MlaShape, Module, MoeShape
 from services.engine.torch.tensors import TensorFiles
 from services.engine.torch.weights import (
     DenseWeights,
@@ -26,6 +29,7 @@ from services.engine.torch.weights import (
     MlaWeights,
     ModelWeights,
     MoeWeights,
+    Slice,
     latent_shape,
 )
 
@@ -48,6 +52,7 @@ def load_weights(
     places: ExpertPlaces | None = None,
     threads: int = 1,
     int4: bool = False,
+    cuts: Cuts = WHOLE,
 ) -> ModelWeights:
     """Reads, converts, joins and lays out everything. Raises UnsupportedModelError.
 
@@ -55,9 +60,11 @@ def load_weights(
     as it is used (the embedding; where nothing can be packed, all) stays mapped: processes on a
     host share it.
     draft: with the module of multi-token prediction, if the folder has it; places: which experts,
-    None: all of them; int4: quantize linear layers, but not the head.
+    None: all of them; int4: quantize linear layers, but not the head; cuts: which columns of each
+    layer (embedding, norms and routers are whole everywhere). Raises SettingsError if a layer can't
+    be cut so.
     """
-    reader = _Reader(TensorFiles(folder, config.fp8_block), config, dtype, packed, int4)
+    reader = _Reader(TensorFiles(folder, config.fp8_block), config, dtype, packed, int4, cuts)
     wide = config.vocabulary, config.hidden
     embedding = reader.files.get("model.embed_tokens.weight", *wide).to(dtype)
     head = reader.head("lm_head", None if not config.tied_embeddings else embedding)
@@ -72,6 +79,7 @@ def load_weights(
         head=head,
         draft=drafting,
         experts=experts,
+        slices=tuple(reader.slices.values()),
     )
 
 
@@ -107,12 +115,16 @@ class _Reader:
         dtype: torch.dtype,
         packed: bool,
         int4: bool,
+        cuts: Cuts,
     ) -> None:
         self.files = files
         self._config = config
         self._dtype = dtype
         self._packed = packed
         self._linear = Int4Linear if int4 else Linear
+        self._cuts = cuts
+        self.slices: dict[tuple[int, int, tuple[range, ...]], Slice] = {}
+        """By inputs, outputs of the whole layer, and which of them."""
         if int4 and config.moe is not None:
             raise UnsupportedModelError(
                 "engine.weights=int4 is for models without experts: theirs are not quantized"
@@ -126,28 +138,82 @@ class _Reader:
         return self.files.get(f"{name}.weight", width).to(torch.float32, copy=True)
 
     def _projection(
-        self, parts: dict[str, int], inputs: int, *, biased: Sequence[str] = ()
+        self,
+        parts: dict[str, int],
+        inputs: int,
+        *,
+        biased: Sequence[str] = (),
+        spread: tuple[int, ...] = (),
+        gather: bool = True,
     ) -> Projection:
-        """Modules side by side; those that are not `biased` have zeros where others are."""
-        weight = [self._matrix(name, n, inputs) for name, n in parts.items()]
+        """Modules side by side, of which each rank computes a part; all get all with `gather`.
+
+        Those that are not `biased` have zeros where others are.
+        """
+        edges = self._cuts.edges(" and ".join(parts), sum(parts.values()))
+        modules = self._cuts.within(parts, self._cuts.here(edges))
+        gathered = self._shares(edges) if gather else ()
+        return Projection(self._joined(modules, inputs, biased), modules, spread, gathered)
+
+    def _shares(self, edges: Edges) -> tuple[int, ...]:
+        """What each rank has; () if there is one."""
+        return widths(edges) if self._cuts.ranks > 1 else ()
+
+    def _joined(self, modules: Sequence[Module], inputs: int, biased: Sequence[str]) -> Linear:
+        found = self._linear_of(modules, inputs, biased)
+        whole = [replace(m, columns=range(m.outputs)) for m in modules]
+        return self._noted(found, modules, lambda: self._linear_of(whole, inputs, biased))
+
+    def _linear_of(self, modules: Sequence[Module], inputs: int, biased: Sequence[str]) -> Linear:
+        weight = [self._matrix(m.name, m.outputs, inputs, m.columns) for m in modules]
         offset = None
         if biased:
             offset = torch.cat([
-                self.files.get(f"{name}.bias", n) if name in biased else torch.zeros(n)
-                for name, n in parts.items()
+                self.files.get(f"{m.name}.bias", m.outputs)[m.columns.start : m.columns.stop]
+                if m.name in biased
+                else torch.zeros(len(m.columns))
+                for m in modules
             ]).to(self._dtype)  # fmt: skip
-        linear = self._linear(torch.cat(weight), offset, packed=self._packed)
-        return Projection(linear, tuple(parts.items()))
+        outputs = sum(m.outputs for m in modules)
+        return self._linear(torch.cat(weight), offset, packed=self._packed, whole_outputs=outputs)
 
-    def _matrix(self, name: str, outputs: int, inputs: int) -> torch.Tensor:
-        return self.files.matrix(f"{name}.weight", outputs, inputs, self._dtype)
+    def _noted(
+        self, linear: Linear, modules: Sequence[Module], whole: Callable[[], Linear]
+    ) -> Linear:
+        """If it is a slice of a layer by a library's kernel it has to be proven."""
+        starts = accumulate((m.outputs for m in modules), initial=0)
+        columns = tuple(
+            range(start + m.columns.start, start + m.columns.stop)
+            for m, start in zip(modules, starts, strict=False)
+            if m.columns
+        )
+        outputs = sum(m.outputs for m in modules)
+        if linear.outputs < outputs and not linear.own:
+            key = linear.inputs, outputs, columns
+            self.slices.setdefault(key, Slice(linear, whole, columns))
+        return linear
+
+    def _matrix(
+        self, name: str, outputs: int, inputs: int, here: range | None = None
+    ) -> torch.Tensor:
+        return self.files.matrix(f"{name}.weight", outputs, inputs, self._dtype, here)
 
     def head(self, name: str, weight: torch.Tensor | None) -> Projection:
         """A head of its own, or of a weight that is there."""
-        if weight is None:
-            weight = self._matrix(name, self._config.vocabulary, self._config.hidden)
-        linear = Linear(weight, None, packed=self._packed, most_rows=HEAD_ROWS)
-        return Projection(linear, ((name, self._config.vocabulary),))
+        outputs, inputs = self._config.vocabulary, self._config.hidden
+        edges = self._cuts.edges(name, outputs)
+
+        def linear(here: range) -> Linear:
+            if weight is None:
+                found = self._matrix(name, outputs, inputs, here)
+            else:
+                found = weight[here.start : here.stop]
+            given = {"most_rows": HEAD_ROWS, "whole_outputs": outputs}
+            return Linear(found, None, packed=self._packed, **given)
+
+        module = Module(name, outputs, self._cuts.here(edges))
+        found = self._noted(linear(module.columns), (module,), lambda: linear(range(outputs)))
+        return Projection(found, (module,), gathered=self._shares(edges))
 
     def layer(self, index: int, sparse: bool) -> Layer:
         config, prefix = self._config, f"model.layers.{index}."
@@ -168,10 +234,15 @@ class _Reader:
         )
 
     def _grouped(self, prefix: str, shape: GroupedShape) -> GroupedWeights:
-        kv = shape.kv_heads * shape.head_dim
-        parts = {"q_proj": shape.attended, "k_proj": kv, "v_proj": kv}
-        named = {prefix + name: outputs for name, outputs in parts.items()}
-        output = f"{prefix}o_proj"
+        cuts, dim = self._cuts, shape.head_dim
+        kv, shares = shape.kv_heads * dim, cuts.grouped(shape)
+        here = shares[cuts.rank]
+        columns = range(here.first * dim, (here.first + here.heads) * dim)
+        q, output = Module(f"{prefix}q_proj", shape.attended, columns), f"{prefix}o_proj"
+        both = {f"{prefix}k_proj": kv, f"{prefix}v_proj": kv}
+        edges = cuts.edges(" and ".join(both), 2 * kv)
+        modules = q, *cuts.within(both, cuts.here(edges))
+        biased = tuple(m.name for m in modules) if shape.qkv_bias else ()
         norms = None
         if shape.norms:
             norms = (
@@ -180,46 +251,80 @@ class _Reader:
             )
         hidden = self._config.hidden
         return GroupedWeights(
-            qkv=self._projection(named, hidden, biased=tuple(named) if shape.qkv_bias else ()),
+            qkv=Projection(
+                self._joined(modules, hidden, biased), modules, gathered=self._shares(edges)
+            ),
             output=self._projection(
-                {output: hidden}, shape.attended, biased=(output,) if shape.output_bias else ()
+                {output: hidden},
+                shape.attended,
+                biased=(output,) if shape.output_bias else (),
+                spread=tuple(share.heads * dim for share in shares) if cuts.ranks > 1 else (),
             ),
             norms=norms,
         )
 
     def _mla(self, prefix: str, shape: MlaShape) -> MlaWeights:
-        hidden = self._config.hidden
-        whole_q = shape.heads * (shape.nope + shape.rope)
+        hidden, cuts = self._config.hidden, self._cuts
+        heads = cuts.heads(shape.heads)
+        here, width = cuts.here(heads), shape.nope + shape.rope
+        whole_q, my_q = shape.heads * width, range(here.start * width, here.stop * width)
         kv, output = f"{prefix}kv_a_proj_with_mqa", f"{prefix}o_proj"
         q = f"{prefix}q_proj" if shape.q_rank is None else f"{prefix}q_a_proj"
         q_norm = q_up = None
         biased: tuple[str, ...] = (kv,)
         if shape.q_rank is not None:
             q_norm = self.norm(f"{prefix}q_a_layernorm", shape.q_rank)
-            q_up = self._projection({f"{prefix}q_b_proj": whole_q}, shape.q_rank)
+            up = (Module(f"{prefix}q_b_proj", whole_q, my_q),)
+            q_up = Projection(self._joined(up, shape.q_rank, ()), up)
             biased = (q, kv)
-        down = {q: shape.q_rank or whole_q, kv: shape.latent + shape.rope}
+        biased = biased if shape.bias else ()
+        keys = {kv: shape.latent + shape.rope}
+        if shape.q_rank is not None:
+            down = self._projection({q: shape.q_rank, **keys}, hidden, biased=biased)
+        else:
+            edges = cuts.edges(kv, keys[kv])
+            modules = Module(q, whole_q, my_q), *cuts.within(keys, cuts.here(edges))
+            joined = self._joined(modules, hidden, biased)
+            down = Projection(joined, modules, gathered=self._shares(edges))
+        each = shape.nope + shape.value
         kv_b = self._matrix(
-            f"{prefix}kv_b_proj", shape.heads * (shape.nope + shape.value), shape.latent
+            f"{prefix}kv_b_proj",
+            shape.heads * each,
+            shape.latent,
+            range(here.start * each, here.stop * each),
         )
         norm = self.norm(f"{prefix}kv_a_layernorm", shape.latent)
         return MlaWeights(
-            down=self._projection(down, hidden, biased=biased if shape.bias else ()),
+            down=down,
             q_norm=q_norm,
             q_up=q_up,
-            latent=latent_steps.pack(latent_shape(self._config, shape), kv_b, norm),
+            latent=latent_steps.pack(latent_shape(self._config, shape, len(here)), kv_b, norm),
             output=self._projection(
-                {output: hidden}, shape.attended, biased=(output,) if shape.bias else ()
+                {output: hidden},
+                shape.attended,
+                biased=(output,) if shape.bias else (),
+                spread=self._shares(tuple(head * shape.value for head in heads)),
             ),
         )
 
-    def _dense(self, prefix: str, wide: int, *, bias: bool = False) -> DenseWeights:
+    def _dense(
+        self, prefix: str, wide: int, *, bias: bool = False, gather: bool = True
+    ) -> DenseWeights:
+        """Without `gather` each rank keeps its columns of what comes of it."""
         hidden = self._config.hidden
-        both = {f"{prefix}gate_proj": wide, f"{prefix}up_proj": wide}
+        both = f"{prefix}gate_proj", f"{prefix}up_proj"
         down = {f"{prefix}down_proj": hidden}
+        edges = self._cuts.edges(" and ".join(both), wide)
+        modules = tuple(Module(name, wide, self._cuts.here(edges)) for name in both)
         return DenseWeights(
-            gate_up=self._projection(both, hidden, biased=tuple(both) if bias else ()),
-            down=self._projection(down, wide, biased=tuple(down) if bias else ()),
+            gate_up=Projection(self._joined(modules, hidden, both if bias else ()), modules),
+            down=self._projection(
+                down,
+                wide,
+                biased=tuple(down) if bias else (),
+                spread=self._shares(edges),
+                gather=gather,
+            ),
         )
 
     def _moe(self, prefix: str, shape: MoeShape) -> MoeWeights:
@@ -234,7 +339,7 @@ class _Reader:
             gate = self.files.get(f"{prefix}shared_expert_gate.weight", 1, hidden)
         shared = None
         if shape.shared:
-            shared = self._dense(f"{prefix}{shape.shared_name}.", shape.shared)
+            shared = self._dense(f"{prefix}{shape.shared_name}.", shape.shared, gather=False)
         if prefix not in self._sparse:
             self._sparse.append(prefix)
         router = RouterWeights(route.pack(weight, gate), bias)
@@ -299,11 +404,13 @@ class _Reader:
     def _expert(
         self, prefix: str, shape: MoeShape, expert: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gate and up [intermediate, hidden], down [hidden, intermediate]."""
-        wide, hidden = shape.intermediate, self._config.hidden
+        """Gate and up [intermediate, hidden], down [hidden, intermediate]: the columns here."""
+        wide, hidden, cuts = shape.intermediate, self._config.hidden, self._cuts
         name = f"{prefix}{expert}."
+        mine = cuts.here(cuts.edges(name + "gate_proj", wide))
+        narrow = cuts.here(cuts.edges(name + "down_proj", hidden))
         return (
-            self._matrix(f"{name}gate_proj", wide, hidden),
-            self._matrix(f"{name}up_proj", wide, hidden),
-            self._matrix(f"{name}down_proj", hidden, wide),
+            self._matrix(f"{name}gate_proj", wide, hidden, mine),
+            self._matrix(f"{name}up_proj", wide, hidden, mine),
+            self._matrix(f"{name}down_proj", hidden, wide, narrow),
         )

@@ -51,12 +51,13 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a module is: in which projection, and which of its outputs are the module's."""
+    """Where a module is: in which projection, from which column on, and how many of its outputs."""
 
     projection: int
     column: int
     inputs: int
     outputs: int
+    here: range
 
 
 class LoraAdapters:
@@ -70,9 +71,11 @@ class LoraAdapters:
         for projection in projections:
             number = self._index.setdefault(projection.linear, len(self._index))
             column = 0
-            for name, outputs in projection.parts:
-                self._places[name] = _Place(number, column, projection.linear.inputs, outputs)
-                column += outputs
+            for part in projection.parts:
+                inputs = projection.linear.inputs
+                place = _Place(number, column, inputs, part.outputs, part.columns)
+                self._places[part.name] = place
+                column += len(part.columns)
         self._weights: dict[str, LoraWeights] = {}
         self._ticket = np.zeros(1, np.int64)
         self._call: Call | None = None
@@ -157,7 +160,8 @@ class LoraAdapters:
                     raise UnsupportedAdapterError(
                         f"{name} is {width} wide; adapters need a multiple of {LANES}", module=name
                     )
-            by_projection.setdefault(place.projection, []).append((place, module))
+            if place.here:
+                by_projection.setdefault(place.projection, []).append((place, module))
         directory = np.zeros(len(self._index), np.int64)
         tables, packed, most = [], [], 0
         for projection, some in by_projection.items():
@@ -177,11 +181,11 @@ class LoraAdapters:
             own = -(-module.rank // RANK) * RANK
             down = torch.zeros((own, place.inputs))
             down[: module.rank] = module.down
-            up = torch.zeros((place.outputs, own))
-            up[:, : module.rank] = module.up * module.scale
+            up = torch.zeros((len(place.here), own))
+            up[:, : module.rank] = module.up[place.here.start : place.here.stop] * module.scale
             downs.append(down)
             ups.append(lora.pack(self._held(up)))
-            parts += [place.column, place.outputs, rank, own, ups[-1].data_ptr()]
+            parts += [place.column, len(place.here), rank, own, ups[-1].data_ptr()]
             rank += own
         all_down = lora.pack(self._held(torch.cat(downs)))
         table = np.array([all_down.data_ptr(), rank, len(some), *parts], np.int64)

@@ -23,15 +23,16 @@ from services.engine.torch.attention import attention_of
 from services.engine.torch.config import ModelConfig
 from services.engine.torch.kernels.batch import Batch, DraftRows, Limits, Plan, plan
 from services.engine.torch.kernels.linear import can_pack
-from services.engine.torch.kernels.moe_steps import ExpertSteps
+from services.engine.torch.kernels.moe_steps import ExpertColumns, ExpertSteps
 from services.engine.torch.kernels.steps import Steps
-from services.engine.torch.linears import Linears, Projection
+from services.engine.torch.linears import Gather, Linears, Projection
 from services.engine.torch.loading import ExpertPlaces, load_weights
 from services.engine.torch.lora import LoraAdapters
 from services.engine.torch.moe import ExpertCompute, MixtureOfExperts
 from services.engine.torch.numerics import Rules
+from services.engine.torch.parallel.tensor_cuts import WHOLE, Cuts, widths
 from services.engine.torch.proven import Proven
-from services.engine.torch.shapes import GroupedShape
+from services.engine.torch.shapes import GroupedShape, MoeShape
 from services.engine.torch.weights import DenseWeights, Layer, ModelWeights, MoeWeights
 from services.runtime import milestones
 
@@ -66,8 +67,13 @@ class TorchModel:
         batch_invariant: bool,
         threads: int,
         compute: ExpertCompute | None = None,
+        cuts: Cuts = WHOLE,
+        gather: Gather | None = None,
     ) -> None:
-        """compute: applies experts; None: those of `weights`, which are all of them."""
+        """compute: applies experts; None: those of `weights`, which are all of them.
+
+        cuts: what `weights` are of every layer; gather: puts together what others have of it.
+        """
         self.config = config
         self.layout = layout
         self.weights = weights
@@ -77,30 +83,55 @@ class TorchModel:
         rules = Rules({})
         if batch_invariant:
             with torch.inference_mode():
-                rules = numerics.choose_rules(weights.shapes, dtype, Proven.here(threads, dtype))
+                proven = Proven.here(threads, dtype)
+                for part in weights.slices:
+                    numerics.prove_slice(part.linear, part.whole(), part.columns, dtype, proven)
+                rules = numerics.choose_rules(weights.shapes, dtype, proven)
             log.info("batch-invariant with %s", rules)
         milestones.reached(milestones.RULES)
-        self.linear = Linears(rules)
+        self.linear = Linears(rules, gather)
         self.adapters = LoraAdapters(weights.projections, dtype, threads)
         moe = config.moe
         widest = max(config.intermediate, moe.shared if moe else 0)
         self._steps = Steps(config.hidden, widest, config.norm_epsilon, dtype, threads)
-        self._attention = attention_of(config, layout, dtype, threads, self.linear)
-        self._experts: MixtureOfExperts | None = None
-        if moe is not None:
-            if compute is None:
-                compute = ExpertSteps(
-                    weights.experts, config.hidden, moe.intermediate, dtype, threads
-                )
-            count = sum(config.sparse) + (weights.draft is not None)
-            self._experts = MixtureOfExperts(
-                moe, count, config.hidden, dtype, threads, compute=compute, dense=self._dense
-            )
+        self._attention = attention_of(config, layout, dtype, threads, self.linear, cuts)
+        self._experts = None if moe is None else self._mixture(moe, threads, compute, cuts)
         self._hidden = self._drafted = torch.empty((0, config.hidden), dtype=dtype)
         self.numerics = ""
         if batch_invariant:
             self.numerics = numerics.digest(self._fixed_step())
             milestones.reached(milestones.TRIED)
+
+    def _mixture(
+        self, moe: MoeShape, threads: int, compute: ExpertCompute | None, cuts: Cuts
+    ) -> MixtureOfExperts:
+        hidden, dtype, weights = self.config.hidden, self._dtype, self.weights
+        wide, narrow = cuts.edges("experts", moe.intermediate), cuts.edges("experts", hidden)
+        columns, gather = len(cuts.here(narrow)), self.linear.gather
+        mine = ExpertColumns(
+            len(cuts.here(wide)), columns, lambda x, count: gather(x, count, widths(wide))
+        )
+        if compute is None:
+            alone = cuts.ranks == 1
+            compute = ExpertSteps(
+                weights.experts,
+                hidden,
+                moe.intermediate,
+                dtype,
+                threads,
+                None if alone else mine,
+            )
+        return MixtureOfExperts(
+            moe,
+            sum(self.config.sparse) + (weights.draft is not None),
+            hidden,
+            dtype,
+            threads,
+            compute=compute,
+            dense=self._dense,
+            columns=columns,
+            gather=lambda x, count: gather(x, count, widths(narrow)),
+        )
 
     @classmethod
     def load(
@@ -118,12 +149,15 @@ class TorchModel:
         places: ExpertPlaces | None = None,
         compute: Callable[[ModelConfig, ModelWeights], ExpertCompute] | None = None,
         int4: bool = False,
+        cuts: Cuts = WHOLE,
+        meet: Callable[[], Gather] | None = None,
     ) -> TorchModel:
         """Reads a Hugging Face folder. threads 0: every core this process may use.
 
         draft: with the module of multi-token prediction, if the folder has one. places: which
         experts to read (all), for `compute`, which makes what applies them (here, by places).
-        int4: quantize linear layers (bfloat16, without batch invariance only).
+        int4: quantize linear layers (bfloat16, without batch invariance only). cuts: which columns
+        of every layer to read, to be computed with others, whom `meet` waits for then.
         Raises UnsupportedModelError, NotInvariantError; ValueError for another device than cpu.
         """
         if device != "cpu":
@@ -143,6 +177,7 @@ class TorchModel:
                 places=places,
                 threads=threads,
                 int4=int4,
+                cuts=cuts,
             )
         milestones.reached(milestones.WEIGHTS)
         layers = config.layers + (weights.draft is not None)
@@ -154,6 +189,8 @@ class TorchModel:
             batch_invariant=batch_invariant,
             threads=threads,
             compute=None if compute is None else compute(config, weights),
+            cuts=cuts,
+            gather=None if meet is None else meet(),
         )
 
     @property

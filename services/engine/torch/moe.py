@@ -35,9 +35,9 @@ class ExpertCompute(Protocol):
         """Experts ids [n, k] (-1: none) of the layer applied to x [n, hidden].
 
         layer counts the layers with experts alone, that of multi-token prediction last. Returns
-        rows [m, hidden] of x's dtype, unweighted, in any order, and where int32 [n, k]: which of
-        them is that of a row and choice, -1 where the id was. x must stay as it is until this
-        returns; what is returned stands until the next call.
+        rows [m, hidden or the columns here] of x's dtype, unweighted, in any order, and where int32
+        [n, k]: which of them is that of a row and choice, -1 where the id was. x must stay as it is
+        until this returns; what is returned stands until the next call.
         """
 
 
@@ -54,9 +54,15 @@ class MixtureOfExperts:
         *,
         compute: ExpertCompute,
         dense: Dense,
+        columns: int | None = None,
+        gather: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> None:
-        """layers: those with experts; dense: applies the shared expert."""
-        self._router = Router(shape, hidden, dtype, threads)
+        """layers: those with experts; dense: applies the shared expert.
+
+        columns: of what both return that are here, which `gather` completes; None: all.
+        """
+        self._router = Router(shape, hidden, dtype, threads, columns)
+        self._gather = gather
         self._choices = shape.choices
         self._compute = compute
         self._dense = dense
@@ -71,4 +77,5 @@ class MixtureOfExperts:
         ids = self._router.choose(x, count, weights.router, self.tokens[weights.index])
         outputs, where = self._compute(weights.index, x[:count], ids)
         common = None if weights.shared is None else self._dense(weights.shared, x, count)
-        return self._router.combine(outputs, where, common)
+        found = self._router.combine(outputs, where, common)
+        return found if self._gather is None else self._gather(found, count)

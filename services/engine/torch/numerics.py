@@ -142,6 +142,32 @@ def choose_rules(
     return Rules(rules)
 
 
+def prove_slice(
+    linear: Rows, whole: Rows, columns: Iterable[range], dtype: torch.dtype, proven: Proven | None
+) -> None:
+    """Some columns of a layer have the bits that the whole has there. Raises NotInvariantError.
+
+    As each of the two is invariant, or fails to be loaded, one row count speaks for all.
+    """
+    parts = ", ".join(f"{c.start}-{c.stop}" for c in columns)
+    name = f"{linear.inputs}x{whole.outputs}, {linear.most_rows} rows, columns {parts}"
+    if proven is not None and proven.get(name, 1) == (1,):
+        return
+    x = probe_input(linear.most_rows, linear.inputs, dtype)
+    found, expected = (
+        choose_rules([one], dtype, proven).apply(one, x, len(x)) for one in (linear, whole)
+    )
+    here = torch.cat([expected[:, c.start : c.stop] for c in columns], dim=1)
+    if not torch.equal(found, here):
+        raise NotInvariantError(
+            f"linear layers of shape {linear.inputs}x{whole.outputs} have other bits when some of "
+            "their columns are computed alone, with this torch on this machine; set "
+            "engine.tensor_parallel=1 or engine.batch_invariant=false"
+        )
+    if proven is not None:
+        proven.put({name: (1,)})
+
+
 def choose_rule(linear: Rows, dtype: torch.dtype) -> RowRule:
     """The cheapest rule under which a layer is invariant. Raises NotInvariantError."""
     x = probe_input(linear.most_rows, linear.inputs, dtype)

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A module of the Hugging Face model: which of its `outputs` are computed here."""
+
+    name: str
+    outputs: int
+    columns: range
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedShape:
     """Grouped-query attention (arXiv 2305.13245)."""
 
@@ -23,6 +32,11 @@ class GroupedShape:
         return self.heads // self.kv_heads
 
     @property
+    def all_heads(self) -> GroupedHeads:
+        """What one that computes alone attends with."""
+        return GroupedHeads(0, 0, self.kv_heads, self.group)
+
+    @property
     def rotary(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.head_dim
@@ -31,6 +45,21 @@ class GroupedShape:
     def attended(self) -> int:
         """Values of a row that the output projection takes."""
         return self.heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedHeads:
+    """Query heads that are attended with here: `group` for each of some KV heads."""
+
+    first: int
+    first_kv: int
+    kv_heads: int
+    group: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,26 +61,41 @@ class TensorFiles:
             )
         return found
 
-    def matrix(self, name: str, outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
-        """A weight [outputs, inputs]; one of FP8 times its blocks' scales. Raises as get() does."""
-        found = self.get(name, outputs, inputs)
+    def matrix(
+        self,
+        name: str,
+        outputs: int,
+        inputs: int,
+        dtype: torch.dtype,
+        here: range | None = None,
+    ) -> torch.Tensor:
+        """A weight [outputs, inputs]; one of FP8 times its blocks' scales. Raises as get() does.
+
+        here: of these outputs alone.
+        """
+        here = range(outputs) if here is None else here
+        found = self.get(name, outputs, inputs)[here.start : here.stop]
         if found.dtype != torch.float8_e4m3fn:
             if not found.dtype.is_floating_point or found.element_size() < 2:
                 raise UnsupportedModelError(f"{name}: {found.dtype} is not read", tensor=name)
             return found.to(dtype)
         rows, columns = self._block
         shape = -(-outputs // rows), -(-inputs // columns)
-        return _times_blocks(found, self.get(name + SCALES, *shape), self._block).to(dtype)
+        scales = self.get(name + SCALES, *shape)
+        return _times_blocks(found, scales, self._block, here.start).to(dtype)
 
 
 def _times_blocks(
-    codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
+    codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], first: int
 ) -> torch.Tensor:
-    """Float32 [rows, columns]; scales [blocks down, blocks across], the last ones may be cut."""
+    """Float32 [rows, columns]; scales [blocks down, blocks across], the last ones may be cut.
+
+    Of a weight from its row `first` on.
+    """
     found = codes.float()
     rows, columns = block
-    for i, start in enumerate(range(0, len(found), rows)):
-        found[start : start + rows] *= (
+    for i in range(first // rows, -(-(first + len(found)) // rows)):
+        found[max(0, i * rows - first) : (i + 1) * rows - first] *= (
             scales[i].float().repeat_interleave(columns)[: found.shape[1]]
         )
     return found

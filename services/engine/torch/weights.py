@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,10 +109,23 @@ class DraftWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A linear layer of some columns of a whole one, which is not computed by our own kernel.
+
+    `whole` makes that one; `columns`: which of its outputs are here, in their order.
+    """
+
+    linear: Linear
+    whole: Callable[[], Linear]
+    columns: tuple[range, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelWeights:
     """Embedding [vocabulary, hidden], layers, last norm float32 [hidden], head.
 
     experts: by layer that has any, that of `draft` last; empty where others apply them.
+    slices: one of each shape that there is.
     """
 
     embedding: torch.Tensor
@@ -121,6 +134,7 @@ class ModelWeights:
     head: Projection
     draft: DraftWeights | None
     experts: list[ExpertWeights]
+    slices: tuple[Slice, ...] = ()
 
     @property
     def projections(self) -> Iterator[Projection]:
@@ -133,20 +147,23 @@ class ModelWeights:
 
     @property
     def shapes(self) -> Iterator[Linear]:
-        """A linear layer of every shape there is, the one that takes the most rows at once."""
+        """A linear layer of every shape there is, the one that takes the most rows at once.
+
+        Of these one that is not computed by our own kernel, whose rows are independent anyway.
+        """
         found: dict[tuple[int, int], Linear] = {}
         for linear in (p.linear for p in self.projections):
             other = found.setdefault((linear.inputs, linear.outputs), linear)
-            if linear.most_rows > other.most_rows:
+            if (linear.most_rows, other.own) > (other.most_rows, linear.own):
                 found[linear.inputs, linear.outputs] = linear
         yield from found.values()
 
 
-def latent_shape(config: ModelConfig, shape: MlaShape) -> LatentShape:
-    """What the kernels of latent attention need to know."""
+def latent_shape(config: ModelConfig, shape: MlaShape, heads: int) -> LatentShape:
+    """What the kernels of latent attention need to know; `heads`: those here."""
     scale = float(shape.nope + shape.rope) ** -0.5
     return LatentShape(
-        heads=shape.heads,
+        heads=heads,
         latent=shape.latent,
         rope=shape.rope,
         nope=shape.nope,

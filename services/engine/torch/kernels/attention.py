@@ -75,6 +75,8 @@ MINUS_INFINITY = float("-inf")
 ATTEND = (
     "tasks",
     "kv_heads",
+    "first_kv",
+    "pool_heads",
     "group",
     "head_dim",
     "kind",
@@ -139,16 +141,17 @@ def attend(arguments: int) -> None:
     """Out = softmax(q k) v for every row, over the context up to the row's own position.
 
     q float32 [rows, kv_heads * group, head_dim], scaled by log2(e) / sqrt(head_dim); out the same
-    shape, of `kind`. pool: address of this layer in the first block; block_bytes from block to
-    block; k, v, k_scale, v_scale: bytes from the layer's start to the components, of `kv_kind`;
-    tables int32 [sequences, table_width]: blocks; positions int32 [rows], rising by one within a
-    sequence; task int32 [tasks, 3]: sequence, first row, end row, at most QUERY_ROWS // group
-    rows. scratch: scratch_bytes for each thread; ticket: address of a zero, to share it out by.
+    shape, of `kind`. These KV heads are those from first_kv on of the pool's pool_heads. pool:
+    address of this layer in the first block; block_bytes from block to block; k, v, k_scale,
+    v_scale: bytes from the layer's start to the components, of `kv_kind`; tables int32 [sequences,
+    table_width]: blocks; positions int32 [rows], rising by one within a sequence; task int32
+    [tasks, 3]: sequence, first row, end row, at most QUERY_ROWS // group rows. scratch:
+    scratch_bytes for each thread; ticket: address of a zero, to share it out by.
     """
     (
-        _, tasks, kv_heads, group, head_dim, kind, kv_kind, q, out, pool, block_bytes,
-        block_tokens, k, v, k_scale, v_scale, tables, table_width, positions, task, scratch,
-        scratch_size, ticket,
+        _, tasks, kv_heads, first_kv, pool_heads, group, head_dim, kind, kv_kind, q, out, pool,
+        block_bytes, block_tokens, k, v, k_scale, v_scale, tables, table_width, positions, task,
+        scratch, scratch_size, ticket,
     ) = _attend_arguments(arguments)  # fmt: skip
     mine = scratch + scratch_size * fetch_add(ticket, 1)
     room = _divide(mine, head_dim)
@@ -168,8 +171,9 @@ def attend(arguments: int) -> None:
         context = peek_i32(positions + 4 * (end - 1)) + 1
         for tile in range(0, context, KEYS):
             count = min(KEYS, context - tile)
-            _locate(table, tile, count, pool, block_bytes, block_tokens, kv_heads, head,
-                    head_dim * SIZES[kv_kind], k_scale, v_scale, kv_kind, room)  # fmt: skip
+            _locate(table, tile, count, pool, block_bytes, block_tokens, pool_heads,
+                    first_kv + head, head_dim * SIZES[kv_kind], k_scale, v_scale, kv_kind,
+                    room)  # fmt: skip
             _widen_keys(k, count, head_dim, kv_kind, room)
             _widen_values(v, count, head_dim, kv_kind, room)
             for row in range(0, rows, ROWS):

@@ -13,7 +13,7 @@ from services.engine.torch.kernels import attention, formats, rows
 from services.engine.torch.kernels.batch import Plan
 from services.engine.torch.kernels.steps import kind_of
 from services.engine.torch.kernels.team import Call, float_argument
-from services.engine.torch.shapes import GroupedShape
+from services.engine.torch.shapes import GroupedHeads, GroupedShape
 
 LOG2_E = 1.4426950408889634
 Floats = npt.NDArray[np.float32]
@@ -31,9 +31,14 @@ class GroupedSteps:
         cosines: Floats,
         sines: Floats,
         epsilon: float,
+        here: GroupedHeads | None = None,
     ) -> None:
-        """cosines, sines: float32 [positions, head_dim / 2]; epsilon: of the norms of heads."""
+        """cosines, sines: float32 [positions, head_dim / 2]; epsilon: of the norms of heads.
+
+        here: the heads to attend with, all of them if that is None. KV is written of all.
+        """
         self._shape = shape
+        self._here = here = here or shape.all_heads
         self._layer_bytes = layout.layer_bytes
         self._dtype = dtype
         self._threads = threads
@@ -42,7 +47,6 @@ class GroupedSteps:
         self._scratch = np.zeros((threads, attention.scratch_bytes(shape.head_dim)), np.uint8)
         self._ticket = np.zeros(1, np.int64)
         head = {
-            "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "kind": kind_of(dtype),
             "kv_kind": formats.KINDS[layout.components[0].dtype],
@@ -51,7 +55,8 @@ class GroupedSteps:
         self._rotate = Call(
             rows.rotate,
             rows.ROTATE,
-            q_heads=shape.heads,
+            q_heads=here.heads,
+            kv_heads=shape.kv_heads,
             cosines=cosines.ctypes.data,
             sines=sines.ctypes.data,
             q_scale=float_argument(LOG2_E / math.sqrt(shape.head_dim)),
@@ -62,7 +67,10 @@ class GroupedSteps:
         self._attend = Call(
             attention.attend,
             attention.ATTEND,
-            group=shape.group,
+            kv_heads=here.kv_heads,
+            first_kv=here.first_kv,
+            pool_heads=shape.kv_heads,
+            group=here.group,
             block_tokens=layout.block_tokens,
             scratch=self._scratch.ctypes.data,
             scratch_bytes=self._scratch.shape[1],
@@ -75,7 +83,7 @@ class GroupedSteps:
     def _grow(self, count: int) -> None:
         """Makes room for steps of `count` rows."""
         shape = self._shape
-        width = shape.heads * shape.head_dim
+        width = self._here.heads * shape.head_dim
         self._capacity = count
         self._q = torch.zeros((count, width), dtype=torch.float32)
         self._turned_k = torch.zeros((count, shape.kv_heads * shape.head_dim), dtype=torch.float32)
@@ -114,9 +122,10 @@ class GroupedSteps:
         qkv: torch.Tensor,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Writes the rows' KV of a layer, then attention [room, heads * head_dim].
+        """Writes the rows' KV of a layer, then attention [room, heads * head_dim], of heads here.
 
-        norms: of queries and keys, float32 [head_dim] each.
+        qkv [rows or more, (heads here + 2 * KV heads) * head_dim], contiguous; norms: of queries
+        and keys, float32 [head_dim] each.
         """
         pool = self._pool + layer * self._layer_bytes
         q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
@@ -124,5 +133,5 @@ class GroupedSteps:
         self._rotate.run(min(self._threads, -(-len(self._step.positions) // rows.TAKE)))
         self._ticket[0] = 0
         self._attend.set(pool=pool)
-        self._attend.run(min(self._threads, len(self._step.tasks) * self._shape.kv_heads))
+        self._attend.run(min(self._threads, len(self._step.tasks) * self._here.kv_heads))
         return self._attended

@@ -36,6 +36,8 @@ class Linear:
 
     With `packed` the layout is our kernel's or oneDNN's own: torch would reorder the weight in
     every call, which costs as much as the product itself when there are few rows.
+    whole_outputs: of the layer that these are some outputs of, which decides on the kernel: so
+    that bits are that layer's.
     """
 
     __slots__ = ("_bias", "_own", "_packed", "_weight", "inputs", "most_rows", "outputs")
@@ -47,6 +49,7 @@ class Linear:
         *,
         packed: bool,
         most_rows: int = MOST_ROWS,
+        whole_outputs: int = 0,
     ) -> None:
         self.outputs, self.inputs = weight.shape
         self.most_rows = most_rows
@@ -54,11 +57,16 @@ class Linear:
         self._packed = packed
         self._weight = weight
         self._own: _Own | None = None
-        if packed and bias is None and _Own.fits(weight):
+        if packed and bias is None and _Own.fits(weight, whole_outputs or self.outputs):
             self._own = _Own(weight)
             self._weight = self._own.weight
         elif packed:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+
+    @property
+    def own(self) -> bool:
+        """Whether our kernel computes it, column by column and row by row."""
+        return self._own is not None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """A new tensor; x must be contiguous."""
@@ -98,10 +106,9 @@ class _Own:
         )
 
     @staticmethod
-    def fits(weight: torch.Tensor) -> bool:
+    def fits(weight: torch.Tensor, outputs: int) -> bool:
         """Tells if the kernel takes it: it reads whole words, and writes whole vectors."""
-        outputs, inputs = weight.shape
-        whole = outputs % LANES == 0 and inputs % 2 == 0
+        whole = outputs % LANES == 0 and weight.shape[1] % 2 == 0
         return PAIRS_IN_HARDWARE and whole and weight.dtype == torch.bfloat16
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

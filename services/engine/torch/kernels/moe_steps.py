@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,18 +40,27 @@ class ExpertWeights:
 class Router:
     """Chooses experts, and adds up what they made of a row."""
 
-    def __init__(self, shape: MoeShape, hidden: int, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self,
+        shape: MoeShape,
+        hidden: int,
+        dtype: torch.dtype,
+        threads: int,
+        columns: int | None = None,
+    ) -> None:
+        """columns: of what experts return that are here, all if None."""
         self._shape = shape
-        self._hidden = hidden
+        self._columns = columns or hidden
         self._dtype = dtype
         self._threads = threads
         size = route.scratch_bytes(hidden, shape.experts, shape.groups)
         self._scratch = np.zeros((threads, size), np.uint8)
         self._ticket = np.zeros(1, np.int64)
-        common = {"choices": shape.choices, "width": hidden, "kind": kind_of(dtype)}
+        common = {"choices": shape.choices, "kind": kind_of(dtype)}
         self._route = Call(
             route.route,
             route.ROUTE,
+            width=hidden,
             experts=shape.experts,
             groups=shape.groups,
             kept_groups=shape.kept_groups,
@@ -63,14 +73,14 @@ class Router:
             ticket=self._ticket.ctypes.data,
             **common,
         )
-        self._combine = Call(route.combine, route.COMBINE, **common)
+        self._combine = Call(route.combine, route.COMBINE, width=self._columns, **common)
         self._grow(64)
 
     def _grow(self, count: int) -> None:
         self._ids = np.zeros((count, self._shape.choices), np.int32)
         self._weights = np.zeros((count, self._shape.choices), np.float32)
         self._shared = np.zeros(count, np.float32)
-        self._out = torch.zeros((count, self._hidden), dtype=self._dtype)
+        self._out = torch.zeros((count, self._columns), dtype=self._dtype)
         weights, shared = self._weights.ctypes.data, self._shared.ctypes.data
         self._route.set(ids=self._ids.ctypes.data, weights=weights, shared=shared)
         self._combine.set(weights=weights, shared=shared, out=self._out.data_ptr())
@@ -98,7 +108,7 @@ class Router:
     def combine(
         self, outputs: torch.Tensor, where: Int32s, common: torch.Tensor | None
     ) -> torch.Tensor:
-        """What ExpertCompute returned and the shared expert's [rows, hidden], by weight."""
+        """What ExpertCompute returned and the shared expert's [rows, columns], by weight."""
         count = len(where)
         self._combine.set(
             rows=count,
@@ -108,6 +118,18 @@ class Router:
         )
         self._combine.run(min(self._threads, -(-count // route.TAKE)))
         return self._out
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertColumns:
+    """What one of several processes computes of every expert's two linear layers.
+
+    gather(x, count) gives all of a row's gated values of those that each process has.
+    """
+
+    gated: int
+    outputs: int
+    gather: Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class ExpertSteps:
@@ -120,10 +142,14 @@ class ExpertSteps:
         intermediate: int,
         dtype: torch.dtype,
         threads: int,
+        columns: ExpertColumns | None = None,
     ) -> None:
+        """columns: which of the experts' are in `layers`; None: all."""
         self._layers = layers
         self._hidden = hidden
-        self._intermediate = intermediate
+        self._outputs = columns.outputs if columns else hidden
+        self._intermediate = columns.gated if columns else intermediate
+        self._columns = columns
         self._dtype = dtype
         self._threads = threads
         places = max((len(layer.gate_up) for layer in layers), default=0)
@@ -144,12 +170,17 @@ class ExpertSteps:
             experts.APPLY,
             gated=1,
             inputs=hidden,
-            outputs=intermediate,
+            outputs=self._intermediate,
             **common,
             **order,
         )
         self._down = Call(
-            experts.apply, experts.APPLY, inputs=intermediate, outputs=hidden, **common, **order
+            experts.apply,
+            experts.APPLY,
+            inputs=intermediate,
+            outputs=self._outputs,
+            **common,
+            **order,
         )
         self._grow(64)
 
@@ -158,7 +189,7 @@ class ExpertSteps:
         self._where = np.zeros(assignments, np.int32)
         self._x = torch.zeros((assignments, self._hidden), dtype=self._dtype)
         self._gated = torch.zeros((assignments, self._intermediate), dtype=self._dtype)
-        self._out = torch.zeros((assignments, self._hidden), dtype=self._dtype)
+        self._out = torch.zeros((assignments, self._outputs), dtype=self._dtype)
         self._group.set(source=self._source.ctypes.data, where=self._where.ctypes.data)
         self._gate_up.set(x=self._x.data_ptr(), out=self._gated.data_ptr())
         self._down.set(x=self._gated.data_ptr(), out=self._out.data_ptr())
@@ -180,6 +211,9 @@ class ExpertSteps:
         source = torch.from_numpy(self._source[:count])
         torch.index_select(x, 0, source, out=self._x[:count])
         self._run(self._gate_up, weights.gate_up, chosen)
+        if self._columns is not None:
+            gated = self._columns.gather(self._gated, count)
+            self._down.set(x=gated.data_ptr())
         self._run(self._down, weights.down, chosen)
         return self._out[:count], self._where[: ids.size].reshape(ids.shape)
 

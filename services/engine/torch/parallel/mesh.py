@@ -60,11 +60,16 @@ class Mesh:
     Every call raises RuntimeError when a rank is gone.
     """
 
-    def __init__(self, store: Any, rank: int, ranks: int, host: str) -> None:
-        """Returns when all have come. `host`: the address to listen on for the others."""
+    def __init__(
+        self, store: Any, rank: int, ranks: int, host: str, patience: timedelta = PATIENCE
+    ) -> None:
+        """Returns when all have come. `host`: the address to listen on for the others.
+
+        Who does not come to a call for `patience` counts as gone.
+        """
         options = _c10d.ProcessGroupGloo._Options()
         options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = PATIENCE
+        options._timeout = patience
         self.rank = rank
         self.ranks = ranks
         self._store = store  # rank 0's is served for as long as it lives
@@ -85,6 +90,12 @@ class Mesh:
         self._group.alltoall_base(
             received, sent, list(received_rows), list(sent_rows), options
         ).wait()
+
+    def spread(self, data: torch.Tensor) -> None:
+        """What rank 0 has in `data` the others have in theirs, of the same size."""
+        options = _c10d.BroadcastOptions()
+        options.rootRank = 0
+        self._group.broadcast([data], options).wait()
 
     def gather(self, values: Sequence[int]) -> Int64s:
         """What every rank says: int64 [ranks, values]."""

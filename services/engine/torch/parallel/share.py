@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from services.engine.torch.kernels.moe_steps import ExpertSteps
 from services.engine.torch.moe import ExpertCompute
 from services.engine.torch.parallel.exchange import ExpertExchange
 from services.engine.torch.parallel.experts import RankExperts
-from services.engine.torch.parallel.mesh import Mesh, find_store, open_store
+from services.engine.torch.parallel.mesh import PATIENCE, Mesh, find_store, open_store
 from services.engine.torch.parallel.rounds import MeshRounds
 from services.engine.torch.shapes import MoeShape
 from services.engine.torch.tensors import TensorFiles
@@ -22,14 +23,14 @@ from services.runtime.load import SettingsError
 from services.runtime.settings import EngineSettings
 
 
-def join(part: Part) -> Mesh:
-    """Meets the other ranks. Blocks until all are there."""
+def join(part: Part, patience: timedelta = PATIENCE) -> Mesh:
+    """Meets the other ranks; see Mesh. Blocks until all are there."""
     if part.rank == 0:
         store, address = open_store(part.host, part.ranks)
         part.announce(address)
     else:
         store = find_store(part.find(), part.ranks)
-    return Mesh(store, part.rank, part.ranks, part.host)
+    return Mesh(store, part.rank, part.ranks, part.host, patience)
 
 
 class ExpertShare:
