@@ -41,9 +41,14 @@ class World:
         self.etcd.kill(signal.SIGKILL)
         await self.etcd.wait()
 
-    def settings(self, cluster: str = "test", others: tuple[str, ...] = ()) -> DirectorySettings:
+    def settings(
+        self,
+        cluster: str = "test",
+        others: tuple[str, ...] = (),
+        lease_seconds: int = LEASE_SECONDS,
+    ) -> DirectorySettings:
         return DirectorySettings(
-            etcd=(*others, self.etcd.address), cluster=cluster, lease_seconds=LEASE_SECONDS
+            etcd=(*others, self.etcd.address), cluster=cluster, lease_seconds=lease_seconds
         )
 
     def open(self, *known: str, **more) -> EtcdDirectory:
@@ -131,12 +136,12 @@ def test_there_has_to_be_somewhere_to_look():
 
 async def test_coordinators_come_and_leave(world):
     found = world.open()
-    one = world.coordinator(A)
+    one = world.coordinator(A, lease_seconds=60)
     await until(found, A)
     two = world.coordinator(B)
     await until(found, A, B)
     await one.close()
-    await until(found, B, seconds=LEASE_SECONDS - 0.5)  # it says so: no lease has to end
+    await until(found, B)  # it says so: no lease has to end
     await until(two, B)
 
 
