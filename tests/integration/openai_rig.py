@@ -9,6 +9,7 @@ import asyncio
 import codecs
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import grpc
 
@@ -17,7 +18,7 @@ from services.frontend.answers.deltas import CallArguments, CallBegins, Content,
 from services.frontend.chat import Calling, Chat
 from services.frontend.openai.service import OpenAIServicer
 from services.frontend.validate import Prompt
-from services.runtime.errors import InvalidRequestError
+from services.runtime.errors import InvalidRequestError, from_rpc
 from tandem.coordinator.v1 import coordinator_pb2
 from tandem.decode.v1 import decode_pb2
 from tandem.generation.v1 import generation_pb2
@@ -110,8 +111,8 @@ class Bytes:
     name = "bytes"
     vocabulary = 258
     eos_token_ids = (EOS,)
-    tokens = [bytes([i]) for i in range(256)] + [b"", b""]  # noqa: RUF012
-    control_tokens = {256: "<|end|>", 257: "<|turn|>"}  # noqa: RUF012
+    tokens = (*(bytes([i]) for i in range(256)), b"", b"")
+    control_tokens: ClassVar = {256: "<|end|>", 257: "<|turn|>"}
 
     def __init__(self, answers=None):
         self.answers = answers or BracketFormat()
@@ -140,6 +141,13 @@ class Bytes:
 Script = Callable[[generation_pb2.TokenRequest], bytes]
 
 
+def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Reason and field."""
+    told = from_rpc(error)
+    assert told is not None
+    return told.reason, told.metadata.get("field", "")
+
+
 def say(text: str) -> Script:
     return lambda request: text.encode()
 
@@ -150,6 +158,15 @@ class Speaker(FakeDecode):
     def __init__(self, script: Script):
         super().__init__()
         self.script = script
+
+    def break_off(self, name):
+        """Ends an attempt, with an error that no other worker could help."""
+        self.running.pop(name).task.cancel()
+        error = generation_pb2.Error(reason="DEADLINE", message="too late")
+        output = decode_pb2.RequestOutput(
+            request_id=name, finish_reason=generation_pb2.FINISH_REASON_ERROR, error=error
+        )
+        self.streams_out[-1].put_nowait(decode_pb2.DecodeResponse(outputs=[output]))
 
     async def _generate(self, running, out):
         request, name = running.request, running.request.request_id
@@ -251,11 +268,13 @@ async def an_openai_world(script: Script | None = None, answers=None, now=lambda
         adder = openai_pb2_grpc.add_OpenAIServiceServicer_to_server
         return [(adder, OpenAIServicer(beginning, now), "o")]
 
-    async with a_world(coordinator, model, more, **settings) as world:
-        async with grpc.aio.insecure_channel(world.address) as channel:
-            openai = OpenAIWorld(world, model, openai_pb2_grpc.OpenAIServiceStub(channel))
-            await openai.add("d0", script)
-            yield openai
+    async with (
+        a_world(coordinator, model, more, **settings) as world,
+        grpc.aio.insecure_channel(world.address) as channel,
+    ):
+        openai = OpenAIWorld(world, model, openai_pb2_grpc.OpenAIServiceStub(channel))
+        await openai.add("d0", script)
+        yield openai
 
 
 def user(text: str, **fields) -> pb.CreateChatCompletionRequest:
