@@ -52,6 +52,7 @@ class GuideKind(enum.Enum):
     GRAMMAR = "grammar"
     CHOICE = "choice"
     JSON_OBJECT = "json_object"
+    FRAME = "frame"
 
 
 @dataclass(frozen=True, slots=True)

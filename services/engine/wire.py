@@ -78,6 +78,8 @@ def guide_to(guide: Guide) -> generation_pb2.Guide:
             return generation_pb2.Guide(choice=generation_pb2.Choice(texts=guide.texts))
         case GuideKind.JSON_OBJECT:
             return generation_pb2.Guide(json_object=generation_pb2.JsonObject())
+        case GuideKind.FRAME:
+            return generation_pb2.Guide(frame=guide.texts[0])
 
 
 def request_from(message: generation_pb2.TokenRequest, vocabulary: int) -> Request:

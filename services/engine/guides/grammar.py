@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from services.engine.api import Guide, GuideKind
+from services.engine.guides.frame import check_frame, frame_grammar
 from services.engine.guides.lark import check_lark
 from services.engine.guides.schema import check_schema
 from services.runtime.errors import InvalidRequestError
@@ -26,6 +27,7 @@ FIELDS = {
     GuideKind.GRAMMAR: "sampling.guide.grammar",
     GuideKind.CHOICE: "sampling.guide.choice.texts",
     GuideKind.JSON_OBJECT: "sampling.guide.json_object",
+    GuideKind.FRAME: "sampling.guide.frame",
 }
 
 
@@ -48,6 +50,8 @@ def grammar_of(guide: Guide) -> str:
             return _lark(f"start: /{_slashes_escaped(guide.texts[0])}/")
         case GuideKind.CHOICE:
             return _lark(f"start: /{'|'.join(map(_literal, guide.texts))}/")
+        case GuideKind.FRAME:
+            return _framed(*frame_grammar(check_frame(field, guide.texts[0]), _literal))
 
 
 def check_size(guide: Guide) -> None:
@@ -70,10 +74,18 @@ def check_size(guide: Guide) -> None:
 
 
 def _json(schema: dict[str, object]) -> str:
+    return _framed("start: @d0", [schema])
+
+
+def _framed(rules: str, schemas: list[dict[str, object]]) -> str:
+    """Rules that refer to these schemas as @d0, @d1, ..."""
     options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": _SPACE}
-    top = {"lark_grammar": f"start: @document\n{_FREE}"}
-    document = {"name": "document", "json_schema": schema | {"x-guidance": options}}
-    return json.dumps({"grammars": [top, document]})
+    top = {"lark_grammar": f"{rules}\n{_FREE}"}
+    documents = [
+        {"name": f"d{i}", "json_schema": schema | {"x-guidance": options}}
+        for i, schema in enumerate(schemas)
+    ]
+    return json.dumps({"grammars": [top, *documents]})
 
 
 def _lark(text: str) -> str:

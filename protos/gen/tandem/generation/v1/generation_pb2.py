@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tandem/generation/v1/generation.proto\x12\x14tandem.generation.v1\"\x99\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12*\n\x05guide\x18\x0e \x01(\x0b\x32\x1b.tandem.generation.v1.Guide\x12G\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x33.tandem.generation.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xb3\x01\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12.\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1c.tandem.generation.v1.ChoiceH\x00\x12\x37\n\x0bjson_object\x18\x05 \x01(\x0b\x32 .tandem.generation.v1.JsonObjectH\x00\x42\x06\n\x04\x66orm\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\x0c\n\nJsonObject\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"`\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .tandem.generation.v1.TopLogprob\"\xaf\x01\n\x0cTokenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x36\n\x08sampling\x18\x04 \x01(\x0b\x32$.tandem.generation.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\"\x96\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12;\n\x08metadata\x18\x03 \x03(\x0b\x32).tandem.generation.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfd\x01\n\x08KvReport\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xposed_seconds\x18\x05 \x01(\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x16\n\x0e\x63orrupt_blocks\x18\x08 \x01(\r\x12\x0c\n\x04lost\x18\t \x01(\t\x12\x0b\n\x03why\x18\n \x01(\t\x12\x32\n\x06prefix\x18\x0b \x01(\x0b\x32\".tandem.generation.v1.PrefixReport\">\n\x08KvPrefix\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"\x82\x01\n\x0cPrefixReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x15\n\rfetch_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0e\n\x06reason\x18\x06 \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tandem/generation/v1/generation.proto\x12\x14tandem.generation.v1\"\x99\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x11\n\x04seed\x18\x0b \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12*\n\x05guide\x18\x0e \x01(\x0b\x32\x1b.tandem.generation.v1.Guide\x12G\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x33.tandem.generation.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xc4\x01\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12.\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1c.tandem.generation.v1.ChoiceH\x00\x12\x37\n\x0bjson_object\x18\x05 \x01(\x0b\x32 .tandem.generation.v1.JsonObjectH\x00\x12\x0f\n\x05\x66rame\x18\x06 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\x0c\n\nJsonObject\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"`\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .tandem.generation.v1.TopLogprob\"\xaf\x01\n\x0cTokenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x36\n\x08sampling\x18\x04 \x01(\x0b\x32$.tandem.generation.v1.SamplingParams\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\t\"\x96\x01\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12;\n\x08metadata\x18\x03 \x03(\x0b\x32).tandem.generation.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfd\x01\n\x08KvReport\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xposed_seconds\x18\x05 \x01(\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x07 \x01(\r\x12\x16\n\x0e\x63orrupt_blocks\x18\x08 \x01(\r\x12\x0c\n\x04lost\x18\t \x01(\t\x12\x0b\n\x03why\x18\n \x01(\t\x12\x32\n\x06prefix\x18\x0b \x01(\x0b\x32\".tandem.generation.v1.PrefixReport\">\n\x08KvPrefix\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\"\x82\x01\n\x0cPrefixReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x15\n\rfetch_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0e\n\x06reason\x18\x06 \x01(\t*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_ERROR_METADATAENTRY']._loaded_options = None
   _globals['_ERROR_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1884
-  _globals['_FINISHREASON']._serialized_end=2033
+  _globals['_FINISHREASON']._serialized_start=1901
+  _globals['_FINISHREASON']._serialized_end=2050
   _globals['_SAMPLINGPARAMS']._serialized_start=64
   _globals['_SAMPLINGPARAMS']._serialized_end=729
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=517
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=565
   _globals['_GUIDE']._serialized_start=732
-  _globals['_GUIDE']._serialized_end=911
-  _globals['_CHOICE']._serialized_start=913
-  _globals['_CHOICE']._serialized_end=936
-  _globals['_JSONOBJECT']._serialized_start=938
-  _globals['_JSONOBJECT']._serialized_end=950
-  _globals['_TOPLOGPROB']._serialized_start=952
-  _globals['_TOPLOGPROB']._serialized_end=999
-  _globals['_TOKENLOGPROB']._serialized_start=1001
-  _globals['_TOKENLOGPROB']._serialized_end=1097
-  _globals['_TOKENREQUEST']._serialized_start=1100
-  _globals['_TOKENREQUEST']._serialized_end=1275
-  _globals['_ERROR']._serialized_start=1278
-  _globals['_ERROR']._serialized_end=1428
-  _globals['_ERROR_METADATAENTRY']._serialized_start=1381
-  _globals['_ERROR_METADATAENTRY']._serialized_end=1428
-  _globals['_KVREPORT']._serialized_start=1431
-  _globals['_KVREPORT']._serialized_end=1684
-  _globals['_KVPREFIX']._serialized_start=1686
-  _globals['_KVPREFIX']._serialized_end=1748
-  _globals['_PREFIXREPORT']._serialized_start=1751
-  _globals['_PREFIXREPORT']._serialized_end=1881
+  _globals['_GUIDE']._serialized_end=928
+  _globals['_CHOICE']._serialized_start=930
+  _globals['_CHOICE']._serialized_end=953
+  _globals['_JSONOBJECT']._serialized_start=955
+  _globals['_JSONOBJECT']._serialized_end=967
+  _globals['_TOPLOGPROB']._serialized_start=969
+  _globals['_TOPLOGPROB']._serialized_end=1016
+  _globals['_TOKENLOGPROB']._serialized_start=1018
+  _globals['_TOKENLOGPROB']._serialized_end=1114
+  _globals['_TOKENREQUEST']._serialized_start=1117
+  _globals['_TOKENREQUEST']._serialized_end=1292
+  _globals['_ERROR']._serialized_start=1295
+  _globals['_ERROR']._serialized_end=1445
+  _globals['_ERROR_METADATAENTRY']._serialized_start=1398
+  _globals['_ERROR_METADATAENTRY']._serialized_end=1445
+  _globals['_KVREPORT']._serialized_start=1448
+  _globals['_KVREPORT']._serialized_end=1701
+  _globals['_KVPREFIX']._serialized_start=1703
+  _globals['_KVPREFIX']._serialized_end=1765
+  _globals['_PREFIXREPORT']._serialized_start=1768
+  _globals['_PREFIXREPORT']._serialized_end=1898
 # @@protoc_insertion_point(module_scope)
