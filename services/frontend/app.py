@@ -39,7 +39,12 @@ async def serve(
 
     Raises ModelNotFoundError or ListenError before `ready` is called.
     """
-    model = await asyncio.to_thread(FolderModel, settings.model)
+    model = await asyncio.to_thread(
+        FolderModel,
+        settings.model,
+        settings.frontend.answer_format,
+        settings.frontend.template_seconds,
+    )
     await serve_model(model, settings, ready=ready, stop=stop)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from services.engine.models.folder import resolve
+from services.engine.models.template import SECONDS
 from services.engine.models.text import Detokenizer, Tokenizer
 from services.frontend import text
-from services.frontend.answers.format import AnswerFormat
-from services.frontend.answers.plain import PlainFormat
+from services.frontend.answers.format import AUTO, format_of
+from services.frontend.answers.told import TOLD
 from services.frontend.chat import Chat, Function, Turn
 from services.frontend.validate import Input, Prompt, Tokens
 from services.runtime.settings import ModelSettings
@@ -20,17 +21,27 @@ TAIL_TOKENS = 16
 
 
 class FolderModel:
-    """A model of services.engine.models. Raises ModelNotFoundError with what would bring it."""
+    """A model of services.engine.models. Raises ModelNotFoundError with what would bring it.
 
-    def __init__(self, settings: ModelSettings) -> None:
+    answer_format: as in the settings. template_seconds: of CPU, for a conversation.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        answer_format: str = AUTO,
+        template_seconds: float = SECONDS,
+    ) -> None:
         folder = resolve(settings)
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = tokenizer = Tokenizer(folder, template_seconds=template_seconds)
         self.name: str = settings.name
         self.vocabulary: int = folder.vocabulary
         self.eos_token_ids: tuple[int, ...] = folder.eos_token_ids
         self.tokens: Sequence[bytes] = self._tokenizer.table.tokens
         self.control_tokens: Mapping[int, str] = self._tokenizer.control_tokens
-        self.answers: AnswerFormat = PlainFormat()
+        self.answers = format_of(answer_format, tokenizer.template_source, tokenizer.added)
+        self._told = TOLD.get(self.answers.name)
+        self._marks = {tokenizer.added[text]: mark for text, mark in self.answers.markers.items()}
 
     def encode(self, asked: Input) -> list[int]:
         """See Model."""
@@ -43,6 +54,7 @@ class FolderModel:
                     [_tool(function) for function in asked.tools],
                     asked.variables,
                     asked.continues,
+                    self._told,
                 )
             case Tokens(token_ids):
                 return list(token_ids)
@@ -55,19 +67,19 @@ class FolderModel:
 
     def thinks_after(self, prompt: Sequence[int]) -> bool:
         """See Model."""
-        tail = self._tokenizer.table.join(prompt[-TAIL_TOKENS:]).decode(errors="replace")
-        return self.answers.thinks_after(tail)
+        tail = Detokenizer(self._tokenizer, self._marks)
+        return self.answers.thinks_after(tail.push(prompt[-TAIL_TOKENS:]))
 
     def detokenizer(self, marked: bool = False) -> text.Detokenizer:
         """See Model."""
-        return Detokenizer(self._tokenizer)
+        return Detokenizer(self._tokenizer, self._marks if marked else {})
 
 
 def _message(turn: Turn) -> dict[str, object]:
     """As Hugging Face's templates take it."""
-    message: dict[str, object] = {"role": turn.role, "content": turn.content}
-    if turn.content is None and not turn.calls:
-        message["content"] = ""
+    # Templates tell a turn of calls alone by its having no content.
+    content = turn.content or (None if turn.calls else "")
+    message: dict[str, object] = {"role": turn.role, "content": content}
     if turn.name:
         message["name"] = turn.name
     if turn.calls:

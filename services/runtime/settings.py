@@ -38,6 +38,10 @@ Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 
 WeightsSource = Annotated[str, Field(pattern=r"^(workers|[^,\s]+:[0-9]+)$")]
 
+AnswerFormatName = Literal[
+    "auto", "plain", "hermes", "llama", "deepseek_v3", "deepseek_v31", "kimi_k2"
+]
+
 AdapterPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}=[^,]+$")]
 """name=folder."""
 
@@ -143,6 +147,14 @@ class EngineSettings(_Section):
         "with its share of the experts where the model has any. What is said here of the pool and "
         "of requests is of one rank; threads are shared among them.",
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that share every layer of the model, for prompts that one takes too "
+        "long for: each computes some columns and heads, for the same requests. With ranks above "
+        "1 not possible. Threads are shared among them; each has a copy of the KV pool.",
+    )
     redundant_experts: int = Field(
         0,
         ge=0,
@@ -152,8 +164,15 @@ class EngineSettings(_Section):
     )
     group_address: Annotated[str, Field(pattern=r"^([^,\s]+:[0-9]+)?$")] = Field(
         "",
-        description="host:port at which the ranks of this worker meet it, for ranks on other "
-        "hosts, each started there (`tandem serve rank`). Empty: they are started on this host.",
+        description="host:port at which the ranks of this worker (of tensor_parallel: from 1 on) "
+        "meet it, for ranks on other hosts, each started there (`tandem serve rank`). Empty: they "
+        "are started on this host.",
+    )
+    rank_silence_seconds: float = Field(
+        20.0,
+        ge=3,
+        description="With engine.ranks: a rank that has said nothing for so long is lost, and the "
+        "group with it. One that lives says something every second.",
     )
     draft_tokens: int = Field(
         1,
@@ -444,6 +463,14 @@ class FrontendSettings(_Section):
         ge=1,
         description="Text with more characters than this for each token of the context window is "
         "refused before it is tokenized.",
+    )
+    answer_format: AnswerFormatName = Field(
+        "auto",
+        description="How the model writes calls of functions; auto: as its chat template does. "
+        "plain: it has no functions. hermes also tells those of functions whose template has none.",
+    )
+    template_seconds: Seconds = Field(
+        2.0, description="CPU time that rendering a conversation by the chat template may take."
     )
     guide_bytes: int = Field(
         65_536, ge=1, le=2**18, description="Longest guide (a JSON schema, say) taken."

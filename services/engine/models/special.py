@@ -11,13 +11,17 @@ again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 NONCHARACTERS = [
     *map(chr, range(0xFDD0, 0xFDF0)),
     *(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)),
 ]
+
+
+THOUGHTS = ("<think>", "</think>")
+"""Markers that an assistant's turn may have in it, as templates look for them there."""
 
 
 class TooManyNoncharactersError(Exception):
@@ -53,13 +57,15 @@ class ControlTokens:
                 end = start + len(token)
                 yield Found(start, end, token)
 
-    def hide(self, texts: Sequence[str]) -> tuple[list[str], Mapping[int, str]]:
+    def hide(
+        self, texts: Sequence[str], own: Collection[int] = ()
+    ) -> tuple[list[str], Mapping[int, str]]:
         """The texts with stand-ins, and for str.translate what each stands for.
 
-        The latter is empty if none was needed. Lengths stay the same.
-        Raises TooManyNoncharactersError.
+        The latter is empty if none was needed. Lengths stay the same. `own`: which of the texts
+        are the model's own, in which THOUGHTS stay. Raises TooManyNoncharactersError.
         """
-        begins = [self._begins(text) for text in texts]
+        begins = [self._begins(text, THOUGHTS if i in own else ()) for i, text in enumerate(texts)]
         hidden = sorted({text[i] for text, at in zip(texts, begins, strict=True) for i in at})
         if not hidden:
             return list(texts), {}
@@ -76,18 +82,22 @@ class ControlTokens:
             result.append("".join(characters))
         return result, {ord(stand): character for character, stand in stand_in.items()}
 
+    def _hides(self, text: str, start: int, spared: Collection[str]) -> bool:
+        token = self._at(text, start)
+        return token is not None and token not in spared
+
     def _at(self, text: str, start: int) -> str | None:
         for length in self._lengths:
             if (token := text[start : start + length]) in self._tokens:
                 return token
         return None
 
-    def _begins(self, text: str) -> list[int]:
+    def _begins(self, text: str, spared: Collection[str]) -> list[int]:
         """Where a control token begins, also one inside another, or one that the end cuts off."""
         longest = self._lengths[0] if self._lengths else 0
         return [
             start
             for start in (first.start() for first in self._first.finditer(text))
-            if self._at(text, start) is not None
+            if self._hides(text, start, spared)
             or (len(text) - start < longest and text[start:] in self._prefixes)
         ]

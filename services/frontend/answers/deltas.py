@@ -21,10 +21,14 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class CallBegins:
-    """A call of this function, the answer's `index`-th, from 0. Its arguments follow."""
+    """A call of this function, the answer's `index`-th, from 0. Its arguments follow.
+
+    `id`: what the model calls it, which its template wants to see again; "" if it names none.
+    """
 
     index: int
     name: str
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
