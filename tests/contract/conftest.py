@@ -11,7 +11,7 @@ from tests.contract.kv_rig import RemoteSource
 from tests.contract.kv_sink import NAMES, Sink
 from tests.contract.kv_source import layout
 
-ON_UVLOOP = ("test_kv_endpoint.py", "test_kv_faults.py")
+ON_UVLOOP = ("test_kv_endpoint.py", "test_kv_faults.py", "test_weights_fetch.py")
 
 
 def pytest_asyncio_loop_factories(config, item):
