@@ -174,6 +174,12 @@ class EngineSettings(_Section):
         description="With engine.ranks: a rank that has said nothing for so long is lost, and the "
         "group with it. One that lives says something every second.",
     )
+    rank_silence_seconds: float = Field(
+        20.0,
+        ge=3,
+        description="With engine.ranks: a rank that has said nothing for so long is lost, and the "
+        "group with it. One that lives says something every second.",
+    )
     draft_tokens: int = Field(
         1,
         ge=0,

@@ -210,3 +210,17 @@ async def test_a_rank_that_ends_fails_every_request_and_the_engine(new):
     await asyncio.wait_for(worker._reading, WAIT)  # outputs() has ended
     with pytest.raises(EngineFailedError, match="rank 1 of 2"):
         worker.engine.decode(Request("late", prompt(9), GREEDY), None)
+
+
+async def test_a_rank_that_says_nothing_is_lost(new):
+    """One that is stopped, say: of which nothing ends."""
+    worker = await new(scripted_step_seconds=0.01, rank_silence_seconds=3)
+    long = dataclasses.replace(GREEDY, max_tokens=400)
+    worker.engine.decode(Request("r", prompt(9), long), None)
+    await worker.until(lambda: worker.outputs)
+    for rank in worker.engine.launch.ranks:
+        rank._say = lambda message: None
+    outputs = await worker.ended("r")
+    assert outputs[-1].error.reason == "WORKER_LOST"
+    assert "it has said nothing for 3 s (engine.rank_silence_seconds)" in outputs[-1].error.message
+    await asyncio.wait_for(worker._reading, WAIT)

@@ -67,8 +67,6 @@ from tandem.group.v1 import group_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 20.0
-"""A rank that says nothing for so long, of which it would say something every second, is lost."""
 CLOSE_SECONDS = 10.0
 
 
@@ -329,13 +327,17 @@ class GroupEngine:
 
     async def _watch(self) -> None:
         """A process that is stopped, or hangs, ends no connection."""
+        most = self._task.engine.rank_silence_seconds
         for member in self._members:
             member.heard = self._clock()
         while True:
-            await asyncio.sleep(SILENCE_SECONDS / 10)
+            await asyncio.sleep(most / 10)
             for member in self._members:
-                if self._clock() - member.heard > SILENCE_SECONDS:
-                    self._ended(member.rank, f"it has said nothing for {SILENCE_SECONDS:g} s")
+                if self._clock() - member.heard > most:
+                    self._ended(
+                        member.rank,
+                        f"it has said nothing for {most:g} s (engine.rank_silence_seconds)",
+                    )
 
     # Experts
 
