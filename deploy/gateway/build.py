@@ -143,7 +143,7 @@ def check() -> int:
     if stale:
         print("run: make gateway-protos", file=sys.stderr)
     sources = [str(p) for p in HERE.rglob("*.go")]
-    gofmt = [go_program().parent / "gofmt", "-l", *sources]
+    gofmt = [str(go_program().parent / "gofmt"), "-l", *sources]
     untidy = subprocess.run(gofmt, capture_output=True, text=True, check=True).stdout.split()
     for name in untidy:
         print(f"not as gofmt writes it: {name}", file=sys.stderr)

@@ -192,8 +192,8 @@ def document(swagger: Schema) -> Schema:
             "title": "Tandem",
             "version": "1",
             "description": "OpenAI's API, as Tandem serves it. Any OpenAI client works with this "
-            "server's address and /v1 as its base URL. Unknown fields are ignored, and null is as if "
-            "the field were absent.",
+            "server's address and /v1 as its base URL. Unknown fields are ignored, and null is as "
+            "if the field were absent.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
@@ -262,7 +262,10 @@ def _operation(path: str, method: str, swagger: Schema) -> Schema:
     words = swagger["summary"]
     if path in STREAMED:
         event = STREAMED[path]
-        words += f' With `"stream": true` it comes as server-sent events, each a {event}, and `[DONE]` at the end.'
+        words += (
+            ' With `"stream": true` it comes as server-sent events, each a '
+            f"{event}, and `[DONE]` at the end."
+        )
         content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": event}
     made: Schema = {
         "summary": swagger["summary"].split(".")[0].replace("\n", " ") + ".",

