@@ -466,8 +466,11 @@ class SteppedEngine:
         self._soon(self._give_up, error)
 
     def _give_up(self, error: Exception) -> None:
-        """The step thread is dead: everything fails, and outputs() ends."""
-        fault = EngineFault(WorkerLostError.reason, f"the engine stopped: {type(error).__name__}")
+        """The step thread is dead: everything fails, and outputs() ends. Once."""
+        if self._stopped:
+            return
+        why = error.message if isinstance(error, WorkerLostError) else type(error).__name__
+        fault = EngineFault(WorkerLostError.reason, f"the engine stopped: {why}")
         ends = [
             TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=fault)
             for request_id in self._live
