@@ -87,6 +87,11 @@ class BlockStore:
         self._books: SpillBooks | None = None
         self._listeners: list[Callable[[], None]] = []
 
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """Of all blocks: a view, which changes as they do. Of a block held it is not in doubt."""
+        return self._generations
+
     # Blocks
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
