@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from services.engine.build import build_rank
+from services.engine.build import build_rank, compute_along
 from services.engine.group.engine import GroupEngine
 from services.engine.group.rank import Rank
 from services.engine.group.task import Task
@@ -20,9 +20,9 @@ class Tasks:
         self._make = make
 
     async def start(self, address, ranks, ended) -> None:
-        for number in range(ranks):
+        for number in ranks:
             settings = RankSettings(group=address, number=number)
-            rank = Rank(settings, ServerSettings(), self._make)
+            rank = Rank(settings, ServerSettings(), self._make, compute_along)
             self.ranks.append(rank)
             self.tasks.append(asyncio.create_task(rank.run(lambda address: None)))
 

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from services.engine.build import build_rank
+from services.engine.build import build_rank, compute_along
 from services.engine.group.rank import Rank
 from services.runtime.errors import EngineFailedError
 from services.runtime.load import SettingsError
@@ -30,7 +30,7 @@ async def serve(
     """
     if not settings.rank.group:
         raise SettingsError("rank.group: host:port of the worker is needed (--group)")
-    rank = Rank(settings.rank, settings.server, build_rank)
+    rank = Rank(settings.rank, settings.server, build_rank, compute_along)
     running = asyncio.create_task(rank.run(ready))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -83,7 +83,7 @@ class GroupEngine:
         self._task = task
         self._launch = launch
         self._clock = clock
-        self._servicer = GroupServicer(task, self)
+        self._servicer = GroupServicer(task, self, range(task.engine.ranks))
         self._members = self._servicer.members
         self._server = Server(server, "group")
         self._keys = GroupKeys(len(self._members))
@@ -124,7 +124,7 @@ class GroupEngine:
         )
         try:
             address = await self._server.start()
-            await self._launch.start(address, len(self._members), self._ended)
+            await self._launch.start(address, range(len(self._members)), self._ended)
             await self._ready.wait()
             if self._failed:
                 raise (SettingsError if self._bad_setting else EngineFailedError)(self._failed)

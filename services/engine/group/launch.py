@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from services.runtime.settings import LogSettings, RankProcess, RankSettings, ServerSettings
@@ -19,8 +19,10 @@ log = logging.getLogger(__name__)
 class Launch(Protocol):
     """How ranks come to be."""
 
-    async def start(self, address: str, ranks: int, ended: Callable[[int, str], None]) -> None:
-        """Starts all, to meet at `address`. `ended` is called with a rank that is over, and how."""
+    async def start(
+        self, address: str, ranks: Iterable[int], ended: Callable[[int, str], None]
+    ) -> None:
+        """Starts these, to meet at `address`; `ended` is called with one that is over, and how."""
 
     async def end(self, grace_seconds: float) -> None:
         """Waits for all to be gone, and kills those that take longer. Idempotent."""
@@ -29,9 +31,11 @@ class Launch(Protocol):
 class ByHand:
     """They are started by somebody else, on hosts that can reach us."""
 
-    async def start(self, address: str, ranks: int, ended: Callable[[int, str], None]) -> None:
+    async def start(
+        self, address: str, ranks: Iterable[int], ended: Callable[[int, str], None]
+    ) -> None:
         """Says what to start."""
-        for rank in range(ranks):
+        for rank in ranks:
             log.info("waiting for: tandem serve rank --group %s --rank %d", address, rank)
 
     async def end(self, grace_seconds: float) -> None:
@@ -48,9 +52,11 @@ class Processes:
         self._running: dict[int, asyncio.subprocess.Process] = {}
         self._watches: list[asyncio.Task[None]] = []
 
-    async def start(self, address: str, ranks: int, ended: Callable[[int, str], None]) -> None:
+    async def start(
+        self, address: str, ranks: Iterable[int], ended: Callable[[int, str], None]
+    ) -> None:
         """See Launch. Call on the main thread, with which they die."""
-        for rank in range(ranks):
+        for rank in ranks:
             settings = RankProcess(
                 server=ServerSettings(),
                 log=self._logs,

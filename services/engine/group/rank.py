@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,7 +23,12 @@ from services.engine.group.servicer import PACKAGE, SETTINGS
 from services.engine.group.task import Task
 from services.engine.stepped.engine import SteppedEngine
 from services.engine.wire import fault_to, plan_from, stats_to
-from services.runtime.errors import EngineFailedError, StatusError, TandemError
+from services.runtime.errors import (
+    EngineFailedError,
+    StatusError,
+    TandemError,
+    WorkerLostError,
+)
 from services.runtime.load import SettingsError
 from services.runtime.server import Server
 from services.runtime.settings import RankSettings, ServerSettings
@@ -41,17 +47,26 @@ EXPERT_REPORTS = 10
 COALESCE_SECONDS = 0.02
 CONFESS_SECONDS = 1.0
 
+FOLLOWING_SECONDS = 1.0
+END_SECONDS = 10.0
+"""For the last step of a model that is shared, and all that is left of it."""
+
 Make = Callable[[Task, Part], SteppedEngine]
 """An engine that is one rank, not started."""
+Along = Callable[[Task, Part, Callable[[], None]], None]
+"""Computes along with another's engine, until it ends. Calls back when its weights are read."""
 
 
 class Rank:
     """From joining to the end. Belongs to the event loop."""
 
-    def __init__(self, settings: RankSettings, server: ServerSettings, make: Make) -> None:
+    def __init__(
+        self, settings: RankSettings, server: ServerSettings, make: Make, along: Along
+    ) -> None:
         self._settings = settings
         self._server_settings = server
         self._make = make
+        self._along = along
         self._said: asyncio.Queue[pb.JoinRequest] = asyncio.Queue()
         self._store: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._taken = 0
@@ -113,6 +128,9 @@ class Rank:
     ) -> None:
         begin = await anext(messages)
         task = Task.from_json(begin.begin.settings)
+        if task.engine.tensor_parallel > 1:
+            await self._follow_steps(task, messages, ready)
+            return
         engine = self._make(task, self._part(task))
         starting = asyncio.create_task(engine.start())
         following = asyncio.create_task(self._follow(messages, starting))
@@ -165,10 +183,71 @@ class Rank:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
+    async def _follow_steps(
+        self, task: Task, messages: AsyncIterator[pb.JoinResponse], ready: Callable[[str], None]
+    ) -> None:
+        """Has no engine, and computes along with the leader's, until Close."""
+
+        def loaded() -> None:
+            self._say_soon(pb.JoinRequest(following=pb.Following(loaded=True)))
+
+        computing = self._on_thread(lambda: self._along(task, self._part(task), loaded))
+        following = asyncio.create_task(self._until_close(messages))
+        saying = asyncio.create_task(self._say_following())
+        ready("")
+        try:
+            await asyncio.wait((computing, following), return_when=asyncio.FIRST_COMPLETED)
+            if computing.done():
+                computing.result()
+            await following
+            async with asyncio.timeout(END_SECONDS):
+                await computing
+        except (WorkerLostError, TimeoutError) as error:
+            raise EngineFailedError(f"this rank's group ends: {error}") from error
+        finally:
+            following.cancel()
+            saying.cancel()
+
+    def _on_thread(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        """On a thread that the process does not wait for when it ends."""
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def tell(error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # told where it is waited for
+                self._loop.call_soon_threadsafe(tell, error)
+            else:
+                self._loop.call_soon_threadsafe(tell, None)
+
+        threading.Thread(target=run, name="computing", daemon=True).start()
+        return done
+
+    async def _until_close(self, messages: AsyncIterator[pb.JoinResponse]) -> None:
+        async for message in messages:
+            if message.HasField("store"):
+                self._store.set_result(message.store.address)
+            elif message.HasField("close"):
+                return
+        raise EngineFailedError("the leader ended")
+
+    async def _say_following(self) -> None:
+        while True:
+            self._say(pb.JoinRequest(following=pb.Following()))
+            await asyncio.sleep(FOLLOWING_SECONDS)
+
     def _part(self, task: Task) -> Part:
         return Part(
             rank=self._settings.number,
-            ranks=task.engine.ranks,
+            ranks=max(task.engine.ranks, task.engine.tensor_parallel),
             host=self._server_settings.host,
             announce=lambda address: self._say_soon(
                 pb.JoinRequest(store=pb.Store(address=address))

@@ -35,8 +35,10 @@ class Group(Protocol):
 class GroupServicer(group_pb2_grpc.GroupServiceServicer):
     """Takes each rank once."""
 
-    def __init__(self, task: Task, group: Group) -> None:
-        self.members = [Member(rank) for rank in range(task.engine.ranks)]
+    def __init__(self, task: Task, group: Group, ranks: range) -> None:
+        """`ranks`: the numbers of those who join."""
+        self.members = [Member(rank) for rank in ranks]
+        self._ranks = ranks
         self._task = task
         self._group = group
 
@@ -67,13 +69,13 @@ class GroupServicer(group_pb2_grpc.GroupServiceServicer):
     def _member(self, first: pb.JoinRequest | None) -> Member:
         if first is None or first.WhichOneof("message") != "joined":
             raise InvalidRequestError("message", None, "a rank says first who it is: joined")
-        joined, count = first.joined, len(self.members)
-        if joined.rank >= count or self.members[joined.rank].joined:
-            allowed = f"ranks are 0 to {count - 1}, each once"
+        joined, ranks = first.joined, self._ranks
+        if joined.rank not in ranks or self.members[ranks.index(joined.rank)].joined:
+            allowed = f"ranks are {ranks.start} to {ranks.stop - 1}, each once"
             raise InvalidRequestError("joined.rank", joined.rank, allowed)
         own = metadata.version(PACKAGE)
         if joined.version != own:
             raise InvalidRequestError("joined.version", joined.version, f"the leader is {own}")
-        member = self.members[joined.rank]
+        member = self.members[ranks.index(joined.rank)]
         member.joined = True
         return member

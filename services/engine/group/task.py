@@ -44,7 +44,8 @@ class Task:
         engine, kv = self.engine, self.kv
         if not engine.group_address:
             threads = engine.threads or _cores()
-            engine = engine.model_copy(update={"threads": max(1, threads // engine.ranks)})
+            sharers = engine.ranks * engine.tensor_parallel
+            engine = engine.model_copy(update={"threads": max(1, threads // sharers)})
         own: dict[str, object] = {}
         if kv.tcp_port:
             own["tcp_port"] = kv.tcp_port + rank

@@ -72,6 +72,30 @@ class Store(_message.Message):
 Global___Store: _TypeAlias = Store  # noqa: Y015
 
 @_typing.final
+class Following(_message.Message):
+    """A rank that has no engine, but computes columns of the model of the worker's own
+    (engine.tensor_parallel). Said every second.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOADED_FIELD_NUMBER: _builtins.int
+    loaded: _builtins.bool
+    """It has read its weights, and can meet the others."""
+    def __init__(
+        self,
+        *,
+        loaded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded", b"loaded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Following: _TypeAlias = Following  # noqa: Y015
+
+@_typing.final
 class Ready(_message.Message):
     """The rank's engine is up."""
 
@@ -393,6 +417,7 @@ class JoinRequest(_message.Message):
     ROUND_WANTED_FIELD_NUMBER: _builtins.int
     ADAPTER_LOADED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def joined(self) -> Global___Joined:
         """First."""
@@ -425,6 +450,10 @@ class JoinRequest(_message.Message):
     def failed(self) -> _generation_pb2.Error:
         """Last: why it ends."""
 
+    @_builtins.property
+    def following(self) -> Global___Following:
+        """Instead of all but joined and failed, where it has no engine."""
+
     def __init__(
         self,
         *,
@@ -436,12 +465,13 @@ class JoinRequest(_message.Message):
         round_wanted: Global___RoundWanted | None = ...,
         adapter_loaded: Global___AdapterLoaded | None = ...,
         failed: _generation_pb2.Error | None = ...,
+        following: Global___Following | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "following", b"following", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loaded", b"adapter_loaded", "failed", b"failed", "following", b"following", "joined", b"joined", "kv_events", b"kv_events", "message", b"message", "outputs", b"outputs", "ready", b"ready", "round_wanted", b"round_wanted", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "store", "ready", "outputs", "kv_events", "round_wanted", "adapter_loaded", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["joined", "store", "ready", "outputs", "kv_events", "round_wanted", "adapter_loaded", "failed", "following"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
