@@ -51,6 +51,7 @@ from services.engine.group.member import CHANNEL_OPTIONS, Given, Member
 from services.engine.group.servicer import SETTINGS, GroupServicer
 from services.engine.group.sums import differs, group_info, group_stats
 from services.engine.group.task import Task
+from services.engine.unread import Unread
 from services.runtime.errors import (
     DuplicateRequestError,
     EngineFailedError,
@@ -90,7 +91,7 @@ class GroupEngine:
         self._leases = Leases()
         self._keys_changed: set[asyncio.Event] = set()
         self._live: dict[str, Given] = {}
-        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self._outputs = Unread()
         self._adapters = AdapterBooks(AdapterLimits.of(task.engine))
         self._questions = itertools.count(1)
         self._round = 0
@@ -144,7 +145,7 @@ class GroupEngine:
         for member in self._members:
             member.send(pb.JoinResponse(close=pb.Close()))
         await self._end(0 if self._failed else CLOSE_SECONDS)
-        self._outputs.put_nowait(None)
+        self._outputs.end()
         self._tell_keys()
 
     async def _end(self, grace_seconds: float) -> None:
@@ -189,6 +190,7 @@ class GroupEngine:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, without another output, and frees what it holds, leases included."""
+        self._outputs.drop(request_id)
         given = self._forget(request_id)
         rank = self._leases.find(request_id) if given is None else given.rank
         members = self._members if rank is None else (self._members[rank],)
@@ -269,8 +271,7 @@ class GroupEngine:
             outputs.append(output)
             if output.finish_reason is not None or output.prefill_done:
                 self._forget(output.request_id)
-        if outputs:
-            self._outputs.put_nowait(StepOutput(tuple(outputs)))
+        self._outputs.say(outputs)
 
     def _call_round(self, number: int) -> None:
         """Once for each: several ranks may want it."""
@@ -319,9 +320,8 @@ class GroupEngine:
                 answer.set_exception(EngineFailedError(why))
             member.answers.clear()
             member.end()
-        if ends:
-            self._outputs.put_nowait(StepOutput(ends))
-        self._outputs.put_nowait(None)
+        self._outputs.say(ends)
+        self._outputs.end()
         self._tell_keys()
         self._ready.set()
 
@@ -413,10 +413,9 @@ class GroupEngine:
 
     # What others read
 
-    async def outputs(self) -> AsyncIterator[StepOutput]:
+    def outputs(self) -> AsyncIterator[StepOutput]:
         """All that comes of requests. One consumer."""
-        while (output := await self._outputs.get()) is not None:
-            yield output
+        return self._outputs.read()
 
     async def kv_events(self) -> AsyncIterator[KvEvents]:
         """Starts with a snapshot; then changes, coalesced. Each call is a reader of its own."""

@@ -69,6 +69,7 @@ from services.engine.stepped.scheduler import Fetch
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.engine.stepped.step import Load, Stepper, StepResult
 from services.engine.stepped.thread import StepThread
+from services.engine.unread import Unread
 from services.runtime import milestones
 from services.runtime.errors import (
     DuplicateRequestError,
@@ -133,7 +134,7 @@ class SteppedEngine:
         self._orders = itertools.count(1)
         self._live: dict[str, _Request] = {}
         self._fetches: dict[int, asyncio.Task[FetchStopped]] = {}
-        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self._outputs = Unread()
         self._kv_readers: set[asyncio.Event] = set()
         self._kv_told = False
         self._started = self._stopped = False
@@ -227,7 +228,7 @@ class SteppedEngine:
         await self.kv.close()
         await self._close_store()
         self._wake_kv_readers()
-        self._outputs.put_nowait(None)
+        self._outputs.end()
 
     async def _close_store(self) -> None:
         if self._store.tiers is not None:
@@ -256,6 +257,7 @@ class SteppedEngine:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request, without another output, and frees what it holds, leases included."""
+        self._outputs.drop(request_id)
         live = self._live.pop(request_id, None)
         if live is None:
             self._store.release_lease(request_id)
@@ -295,10 +297,9 @@ class SteppedEngine:
         """All that are held, those that leave included."""
         return self._adapters.status()
 
-    async def outputs(self) -> AsyncIterator[StepOutput]:
+    def outputs(self) -> AsyncIterator[StepOutput]:
         """All that comes of requests. One consumer."""
-        while (output := await self._outputs.get()) is not None:
-            yield output
+        return self._outputs.read()
 
     async def kv_events(self) -> AsyncIterator[KvEvents]:
         """Starts with a snapshot; then changes, coalesced. Each call is a reader of its own."""
@@ -459,8 +460,7 @@ class SteppedEngine:
             if output.finish_reason is not None or output.prefill_done:
                 del self._live[output.request_id]
                 self._adapters.end(live.adapter)
-        if outputs:
-            self._outputs.put_nowait(StepOutput(tuple(outputs)))
+        self._outputs.say(outputs)
 
     def _died(self, error: Exception) -> None:
         self._soon(self._give_up, error)
@@ -477,9 +477,8 @@ class SteppedEngine:
         ]
         self._live.clear()
         self._stopped = True
-        if ends:
-            self._outputs.put_nowait(StepOutput(tuple(ends)))
-        self._outputs.put_nowait(None)
+        self._outputs.say(ends)
+        self._outputs.end()
 
     # The KV plane
 
