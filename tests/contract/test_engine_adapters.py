@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
 import pytest
 
 from services.engine.api import FirstTokens, Hold, Request
 from services.engine.build import build
 from services.engine.models.errors import UnsupportedAdapterError
-from services.engine.stepped.inbox import Cancel, ChangeAdapter, Command, Inbox
+from services.engine.stepped import adapters as stepped_adapters
+from services.engine.stepped.inbox import Cancel, ChangeAdapter, Command, Inbox, Submit
 from services.runtime.errors import AdapterLimitError, AdapterNotLoadedError, InvalidRequestError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
-from tests.contract.test_engine import GREEDY, SAMPLED, Worker, eventually, prompt
+from tests.contract.test_engine import GREEDY, SAMPLED, WAIT, Worker, eventually, prompt
 from tests.unit.engine_torch import torch_adapters, torch_deepseek
 
 TARGETS = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj", "up_proj", "down_proj")
@@ -162,7 +164,7 @@ async def test_weights_are_dropped_after_those_who_have_them_were_cancelled(new,
     worker.engine.unload_adapter("a")
     worker.engine.cancel("r")
     # A step between the last two must not name an adapter that is gone.
-    assert told == [Cancel, ChangeAdapter]
+    assert told == [Submit, Cancel, ChangeAdapter]
 
 
 async def test_what_can_not_be_loaded_changes_nothing(new, root):
@@ -183,3 +185,34 @@ async def test_what_can_not_be_loaded_changes_nothing(new, root):
     # The same again is no other.
     assert (await worker.engine.load_adapter("a", "a")).id == before[0]
     assert worker.engine.stats().adapters == before
+
+
+async def test_a_load_that_is_cancelled_ends_before_the_next_one_reads(new, monkeypatch):
+    """So that memory for one is all that loading takes."""
+    worker = await new(adapters=())
+    reading, gate, real = [], threading.Event(), stepped_adapters.read_files
+
+    def read(name, *rest):
+        reading.append(name)
+        assert gate.wait(WAIT)
+        found = real(name, *rest)
+        reading.remove(name)
+        assert not reading
+        return found
+
+    monkeypatch.setattr(stepped_adapters, "read_files", read)
+    load = worker.engine.load_adapter
+    begun, waiting, last = (
+        asyncio.create_task(load(name, path)) for name, path in (("a", "a"), ("x", "a"), ("b", "b"))
+    )
+    await eventually(lambda: reading)
+    for task in (begun, waiting):
+        task.cancel()
+    await asyncio.wait((begun, waiting))
+    assert reading == ["a"]
+    assert not last.done()
+    gate.set()
+    assert (await asyncio.wait_for(last, WAIT)).name == "b"
+    # What had begun was loaded; what waited was not.
+    assert set(adapters(worker)) == {"", "a", "b"}
+    assert await generate(worker, "r", prompt(9), GREEDY, adapters(worker)["a"])

@@ -224,3 +224,21 @@ async def test_a_rank_that_says_nothing_is_lost(new):
     assert outputs[-1].error.reason == "WORKER_LOST"
     assert "it has said nothing for 3 s (engine.rank_silence_seconds)" in outputs[-1].error.message
     await asyncio.wait_for(worker._reading, WAIT)
+
+
+async def test_a_load_whose_caller_is_gone_is_known_to_the_leader(new, tmp_path):
+    """Ranks can't be told not to: else they would hold what the leader has never heard of."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    worker = await new(adapter_folder=str(tmp_path))
+    loading = asyncio.create_task(worker.engine.load_adapter("a", ""))
+    await eventually(lambda: worker.engine._loading)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    await eventually(lambda: worker.engine.adapters())
+    (adapter,) = worker.engine.stats().adapters
+    worker.engine.decode(Request("r", prompt(9), GREEDY, adapter=adapter, dp_rank=1), None)
+    assert len(await worker.tokens("r")) == 12

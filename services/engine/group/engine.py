@@ -94,6 +94,7 @@ class GroupEngine:
         self._outputs = Unread()
         self._adapters = AdapterBooks(AdapterLimits.of(task.engine))
         self._questions = itertools.count(1)
+        self._loading: set[asyncio.Task[Adapter]] = set()
         self._round = 0
         self._plan: ExpertMap | None = None
         """The last one given out."""
@@ -360,9 +361,23 @@ class GroupEngine:
     # Adapters
 
     async def load_adapter(self, name: str, path: str) -> Adapter:
-        """Has every rank take in a LoRA adapter; if one can't, none has it."""
+        """Has every rank take in a LoRA adapter; if one can't, none has it.
+
+        Once asked for it is loaded, though the caller is cancelled: ranks go on, too.
+        """
         if self._failed:
             raise EngineFailedError(self._failed)
+        loading = asyncio.create_task(self._load_adapter(name, path))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loaded)
+        return await asyncio.shield(loading)
+
+    def _loaded(self, loading: asyncio.Task[Adapter]) -> None:
+        self._loading.discard(loading)
+        if not loading.cancelled():
+            loading.exception()  # The caller may not be there to be told.
+
+    async def _load_adapter(self, name: str, path: str) -> Adapter:
         question, loop = next(self._questions), asyncio.get_running_loop()
         answers: list[asyncio.Future[Adapter]] = []
         for member in self._members:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from services.engine.adapters import (
@@ -60,24 +61,37 @@ class EngineAdapters:
         self._loop = asyncio.get_running_loop()
 
     async def load(self, name: str, path: str) -> Adapter:
-        """See api.Engine. One at a time."""
-        folder = folder_within(self._settings.adapter_folder, path or check_name(name))
+        """See api.Engine. One at a time.
+
+        What has begun goes on to its end though the caller is cancelled: a thread can't be, and
+        what it holds must be gone before the next one reads.
+        """
+        check_name(name)
+        folder = folder_within(self._settings.adapter_folder, path or name)
+        await self._one_by_one.acquire()
+        self._loading = asyncio.create_task(self._load(name, folder))
+        self._loading.add_done_callback(self._loaded)
+        return await asyncio.shield(self._loading)
+
+    async def _load(self, name: str, folder: Path) -> Adapter:
         within = self._settings.adapter_folder
-        async with self._one_by_one:
-            files = await asyncio.to_thread(
-                read_files, check_name(name), folder, self._limits, within
-            )
-            known = self._books.get(files.id)
-            if known is None:
-                adapter, weights = await asyncio.to_thread(self._read, files)
-            else:
-                adapter, weights = known, None
-            self._books.load(adapter, self._clock())
-            if weights is not None:
-                self._inbox.put(ChangeAdapter(adapter.id, weights))
-            self._loop.call_later(LINGER_SECONDS + 0.1, self._sweep)
+        files = await asyncio.to_thread(read_files, name, folder, self._limits, within)
+        known = self._books.get(files.id)
+        if known is None:
+            adapter, weights = await asyncio.to_thread(self._read, files)
+        else:
+            adapter, weights = known, None
+        self._books.load(adapter, self._clock())
+        if weights is not None:
+            self._inbox.put(ChangeAdapter(adapter.id, weights))
+        self._loop.call_later(LINGER_SECONDS + 0.1, self._sweep)
         log.info("LoRA adapter %s: rank %d, %d bytes", *_said(adapter))
         return adapter
+
+    def _loaded(self, loading: asyncio.Task[Adapter]) -> None:
+        if not loading.cancelled():
+            loading.exception()  # The caller may not be there to be told.
+        self._one_by_one.release()
 
     def unload(self, name: str) -> list[AdapterStatus]:
         """See api.Engine."""
