@@ -31,8 +31,8 @@ const (
 	OpenAIService_StreamChatCompletion_FullMethodName = "/tandem.openai.v1.OpenAIService/StreamChatCompletion"
 	OpenAIService_CreateCompletion_FullMethodName     = "/tandem.openai.v1.OpenAIService/CreateCompletion"
 	OpenAIService_StreamCompletion_FullMethodName     = "/tandem.openai.v1.OpenAIService/StreamCompletion"
-	OpenAIService_ListModels_FullMethodName           = "/tandem.openai.v1.OpenAIService/ListModels"
 	OpenAIService_RetrieveModel_FullMethodName        = "/tandem.openai.v1.OpenAIService/RetrieveModel"
+	OpenAIService_ListModels_FullMethodName           = "/tandem.openai.v1.OpenAIService/ListModels"
 	OpenAIService_Tokenize_FullMethodName             = "/tandem.openai.v1.OpenAIService/Tokenize"
 	OpenAIService_Detokenize_FullMethodName           = "/tandem.openai.v1.OpenAIService/Detokenize"
 )
@@ -50,10 +50,11 @@ type OpenAIServiceClient interface {
 	CreateCompletion(ctx context.Context, in *CreateCompletionRequest, opts ...grpc.CallOption) (*CreateCompletionResponse, error)
 	// The continuation of a text as it comes; over HTTP as StreamChatCompletion.
 	StreamCompletion(ctx context.Context, in *StreamCompletionRequest, opts ...grpc.CallOption) (OpenAIService_StreamCompletionClient, error)
+	// A model, or an adapter, that can be asked for now. It stands before ListModels because its path
+	// matches that one's, too: the gateway looks at the last one first.
+	RetrieveModel(ctx context.Context, in *RetrieveModelRequest, opts ...grpc.CallOption) (*RetrieveModelResponse, error)
 	// The models, and the LoRA adapters, that can be asked for now.
 	ListModels(ctx context.Context, in *ListModelsRequest, opts ...grpc.CallOption) (*ListModelsResponse, error)
-	// One of them.
-	RetrieveModel(ctx context.Context, in *RetrieveModelRequest, opts ...grpc.CallOption) (*RetrieveModelResponse, error)
 	// Tokens of a text, or of a conversation as the model would be given it.
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
 	// Text of tokens.
@@ -154,20 +155,20 @@ func (x *openAIServiceStreamCompletionClient) Recv() (*StreamCompletionResponse,
 	return m, nil
 }
 
-func (c *openAIServiceClient) ListModels(ctx context.Context, in *ListModelsRequest, opts ...grpc.CallOption) (*ListModelsResponse, error) {
+func (c *openAIServiceClient) RetrieveModel(ctx context.Context, in *RetrieveModelRequest, opts ...grpc.CallOption) (*RetrieveModelResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ListModelsResponse)
-	err := c.cc.Invoke(ctx, OpenAIService_ListModels_FullMethodName, in, out, cOpts...)
+	out := new(RetrieveModelResponse)
+	err := c.cc.Invoke(ctx, OpenAIService_RetrieveModel_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
 	return out, nil
 }
 
-func (c *openAIServiceClient) RetrieveModel(ctx context.Context, in *RetrieveModelRequest, opts ...grpc.CallOption) (*RetrieveModelResponse, error) {
+func (c *openAIServiceClient) ListModels(ctx context.Context, in *ListModelsRequest, opts ...grpc.CallOption) (*ListModelsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(RetrieveModelResponse)
-	err := c.cc.Invoke(ctx, OpenAIService_RetrieveModel_FullMethodName, in, out, cOpts...)
+	out := new(ListModelsResponse)
+	err := c.cc.Invoke(ctx, OpenAIService_ListModels_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -207,10 +208,11 @@ type OpenAIServiceServer interface {
 	CreateCompletion(context.Context, *CreateCompletionRequest) (*CreateCompletionResponse, error)
 	// The continuation of a text as it comes; over HTTP as StreamChatCompletion.
 	StreamCompletion(*StreamCompletionRequest, OpenAIService_StreamCompletionServer) error
+	// A model, or an adapter, that can be asked for now. It stands before ListModels because its path
+	// matches that one's, too: the gateway looks at the last one first.
+	RetrieveModel(context.Context, *RetrieveModelRequest) (*RetrieveModelResponse, error)
 	// The models, and the LoRA adapters, that can be asked for now.
 	ListModels(context.Context, *ListModelsRequest) (*ListModelsResponse, error)
-	// One of them.
-	RetrieveModel(context.Context, *RetrieveModelRequest) (*RetrieveModelResponse, error)
 	// Tokens of a text, or of a conversation as the model would be given it.
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)
 	// Text of tokens.
@@ -234,11 +236,11 @@ func (UnimplementedOpenAIServiceServer) CreateCompletion(context.Context, *Creat
 func (UnimplementedOpenAIServiceServer) StreamCompletion(*StreamCompletionRequest, OpenAIService_StreamCompletionServer) error {
 	return status.Errorf(codes.Unimplemented, "method StreamCompletion not implemented")
 }
-func (UnimplementedOpenAIServiceServer) ListModels(context.Context, *ListModelsRequest) (*ListModelsResponse, error) {
-	return nil, status.Errorf(codes.Unimplemented, "method ListModels not implemented")
-}
 func (UnimplementedOpenAIServiceServer) RetrieveModel(context.Context, *RetrieveModelRequest) (*RetrieveModelResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method RetrieveModel not implemented")
+}
+func (UnimplementedOpenAIServiceServer) ListModels(context.Context, *ListModelsRequest) (*ListModelsResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method ListModels not implemented")
 }
 func (UnimplementedOpenAIServiceServer) Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Tokenize not implemented")
@@ -337,24 +339,6 @@ func (x *openAIServiceStreamCompletionServer) Send(m *StreamCompletionResponse) 
 	return x.ServerStream.SendMsg(m)
 }
 
-func _OpenAIService_ListModels_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ListModelsRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(OpenAIServiceServer).ListModels(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: OpenAIService_ListModels_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(OpenAIServiceServer).ListModels(ctx, req.(*ListModelsRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
 func _OpenAIService_RetrieveModel_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RetrieveModelRequest)
 	if err := dec(in); err != nil {
@@ -369,6 +353,24 @@ func _OpenAIService_RetrieveModel_Handler(srv interface{}, ctx context.Context, 
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(OpenAIServiceServer).RetrieveModel(ctx, req.(*RetrieveModelRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _OpenAIService_ListModels_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListModelsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OpenAIServiceServer).ListModels(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: OpenAIService_ListModels_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OpenAIServiceServer).ListModels(ctx, req.(*ListModelsRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -425,12 +427,12 @@ var OpenAIService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _OpenAIService_CreateCompletion_Handler,
 		},
 		{
-			MethodName: "ListModels",
-			Handler:    _OpenAIService_ListModels_Handler,
-		},
-		{
 			MethodName: "RetrieveModel",
 			Handler:    _OpenAIService_RetrieveModel_Handler,
+		},
+		{
+			MethodName: "ListModels",
+			Handler:    _OpenAIService_ListModels_Handler,
 		},
 		{
 			MethodName: "Tokenize",

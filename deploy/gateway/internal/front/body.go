@@ -45,15 +45,17 @@ func readBody(w *recorder, r *http.Request, most int64, patience time.Duration) 
 	return received{nil, wire.n}, &fault
 }
 
-// counted counts the bytes read.
+// counted counts the bytes read, and knows whether the body came to its end.
 type counted struct {
-	r io.Reader
-	n int64
+	r     io.Reader
+	n     int64
+	whole bool
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.n += int64(n)
+	c.whole = c.whole || err == io.EOF
 	return n, err
 }
 
@@ -61,7 +63,7 @@ var errTooLarge = errors.New("larger when unpacked")
 
 type badPacking struct{ error }
 
-func readAll(wire io.Reader, r *http.Request, most int64) ([]byte, error) {
+func readAll(wire *counted, r *http.Request, most int64) ([]byte, error) {
 	var text bytes.Buffer
 	if r.Header.Get("Content-Encoding") != "gzip" {
 		if r.ContentLength > 0 {
@@ -72,11 +74,11 @@ func readAll(wire io.Reader, r *http.Request, most int64) ([]byte, error) {
 	}
 	unpacker, err := gzip.NewReader(wire)
 	if err != nil {
-		return nil, packingOr(err)
+		return nil, packingOr(err, wire)
 	}
 	n, err := text.ReadFrom(io.LimitReader(unpacker, most+1))
 	if err != nil {
-		return nil, packingOr(err)
+		return nil, packingOr(err, wire)
 	}
 	if n > most {
 		return nil, errTooLarge
@@ -87,16 +89,11 @@ func readAll(wire io.Reader, r *http.Request, most int64) ([]byte, error) {
 }
 
 // packingOr tells what is wrong with the packing from what is wrong with the connection.
-func packingOr(err error) error {
-	if errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) {
+func packingOr(err error, wire *counted) error {
+	if wire.whole || errors.Is(err, gzip.ErrHeader) || errors.Is(err, gzip.ErrChecksum) {
 		return badPacking{err}
 	}
-	var network net.Error
-	var large *http.MaxBytesError
-	if errors.As(err, &network) || errors.As(err, &large) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return err
-	}
-	return badPacking{err}
+	return err
 }
 
 func whyUnread(err error, most int64) faults.Fault {

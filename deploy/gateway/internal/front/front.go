@@ -147,7 +147,7 @@ func (d *Door) ServeHTTP(plain http.ResponseWriter, r *http.Request) {
 		return
 	}
 	found, known := d.routes[r.URL.Path]
-	if !known && strings.HasPrefix(r.URL.Path, modelsPath+"/") {
+	if name, under := strings.CutPrefix(r.URL.Path, modelsPath+"/"); under && name != "" {
 		found, known = d.models, true
 	}
 	switch {

@@ -55,15 +55,15 @@ class OpenAIServiceStub(object):
                 request_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.StreamCompletionRequest.SerializeToString,
                 response_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.StreamCompletionResponse.FromString,
                 _registered_method=True)
-        self.ListModels = channel.unary_unary(
-                '/tandem.openai.v1.OpenAIService/ListModels',
-                request_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.FromString,
-                _registered_method=True)
         self.RetrieveModel = channel.unary_unary(
                 '/tandem.openai.v1.OpenAIService/RetrieveModel',
                 request_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelRequest.SerializeToString,
                 response_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/tandem.openai.v1.OpenAIService/ListModels',
+                request_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/tandem.openai.v1.OpenAIService/Tokenize',
@@ -110,15 +110,16 @@ class OpenAIServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListModels(self, request, context):
-        """The models, and the LoRA adapters, that can be asked for now.
+    def RetrieveModel(self, request, context):
+        """A model, or an adapter, that can be asked for now. It stands before ListModels because its path
+        matches that one's, too: the gateway looks at the last one first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RetrieveModel(self, request, context):
-        """One of them.
+    def ListModels(self, request, context):
+        """The models, and the LoRA adapters, that can be asked for now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,15 +162,15 @@ def add_OpenAIServiceServicer_to_server(servicer, server):
                     request_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.StreamCompletionRequest.FromString,
                     response_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.StreamCompletionResponse.SerializeToString,
             ),
-            'ListModels': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListModels,
-                    request_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.FromString,
-                    response_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.SerializeToString,
-            ),
             'RetrieveModel': grpc.unary_unary_rpc_method_handler(
                     servicer.RetrieveModel,
                     request_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelRequest.FromString,
                     response_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.FromString,
+                    response_serializer=tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -302,33 +303,6 @@ class OpenAIService(object):
             _registered_method=True)
 
     @staticmethod
-    def ListModels(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.openai.v1.OpenAIService/ListModels',
-            tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.SerializeToString,
-            tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
     def RetrieveModel(request,
             target,
             options=(),
@@ -345,6 +319,33 @@ class OpenAIService(object):
             '/tandem.openai.v1.OpenAIService/RetrieveModel',
             tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelRequest.SerializeToString,
             tandem_dot_openai_dot_v1_dot_openai__pb2.RetrieveModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.openai.v1.OpenAIService/ListModels',
+            tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsRequest.SerializeToString,
+            tandem_dot_openai_dot_v1_dot_openai__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

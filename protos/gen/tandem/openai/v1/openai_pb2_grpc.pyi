@@ -33,10 +33,12 @@ class OpenAIServiceStub:
     """The whole continuation of a text."""
     StreamCompletion: _aio.UnaryStreamMultiCallable[_openai_pb2.StreamCompletionRequest, _openai_pb2.StreamCompletionResponse]
     """The continuation of a text as it comes; over HTTP as StreamChatCompletion."""
+    RetrieveModel: _aio.UnaryUnaryMultiCallable[_openai_pb2.RetrieveModelRequest, _openai_pb2.RetrieveModelResponse]
+    """A model, or an adapter, that can be asked for now. It stands before ListModels because its path
+    matches that one's, too: the gateway looks at the last one first.
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_openai_pb2.ListModelsRequest, _openai_pb2.ListModelsResponse]
     """The models, and the LoRA adapters, that can be asked for now."""
-    RetrieveModel: _aio.UnaryUnaryMultiCallable[_openai_pb2.RetrieveModelRequest, _openai_pb2.RetrieveModelResponse]
-    """One of them."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_openai_pb2.TokenizeRequest, _openai_pb2.TokenizeResponse]
     """Tokens of a text, or of a conversation as the model would be given it."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_openai_pb2.DetokenizeRequest, _openai_pb2.DetokenizeResponse]
@@ -80,20 +82,22 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
         """The continuation of a text as it comes; over HTTP as StreamChatCompletion."""
 
     @_abc_1.abstractmethod
+    def RetrieveModel(
+        self,
+        request: _openai_pb2.RetrieveModelRequest,
+        context: _aio.ServicerContext[_openai_pb2.RetrieveModelRequest, _abc.Awaitable[_openai_pb2.RetrieveModelResponse]],
+    ) -> _abc.Awaitable[_openai_pb2.RetrieveModelResponse]:
+        """A model, or an adapter, that can be asked for now. It stands before ListModels because its path
+        matches that one's, too: the gateway looks at the last one first.
+        """
+
+    @_abc_1.abstractmethod
     def ListModels(
         self,
         request: _openai_pb2.ListModelsRequest,
         context: _aio.ServicerContext[_openai_pb2.ListModelsRequest, _abc.Awaitable[_openai_pb2.ListModelsResponse]],
     ) -> _abc.Awaitable[_openai_pb2.ListModelsResponse]:
         """The models, and the LoRA adapters, that can be asked for now."""
-
-    @_abc_1.abstractmethod
-    def RetrieveModel(
-        self,
-        request: _openai_pb2.RetrieveModelRequest,
-        context: _aio.ServicerContext[_openai_pb2.RetrieveModelRequest, _abc.Awaitable[_openai_pb2.RetrieveModelResponse]],
-    ) -> _abc.Awaitable[_openai_pb2.RetrieveModelResponse]:
-        """One of them."""
 
     @_abc_1.abstractmethod
     def Tokenize(
