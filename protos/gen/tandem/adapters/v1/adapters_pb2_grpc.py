@@ -58,6 +58,7 @@ class AdapterServiceServicer(object):
 
     def LoadAdapter(self, request, context):
         """Reads an adapter and makes it ready; it can be asked for when this returns. Of the same name and weights: no change.
+        One at a time; a call that is cancelled once it has begun to read loads it all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

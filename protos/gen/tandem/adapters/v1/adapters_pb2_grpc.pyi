@@ -17,7 +17,9 @@ class AdapterServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Reads an adapter and makes it ready; it can be asked for when this returns. Of the same name and weights: no change."""
+    """Reads an adapter and makes it ready; it can be asked for when this returns. Of the same name and weights: no change.
+    One at a time; a call that is cancelled once it has begun to read loads it all the same.
+    """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes no new requests for an adapter from now on, and frees its weights when the last one has ended."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
@@ -32,7 +34,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _aio.ServicerContext[_adapters_pb2.LoadAdapterRequest, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]],
     ) -> _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]:
-        """Reads an adapter and makes it ready; it can be asked for when this returns. Of the same name and weights: no change."""
+        """Reads an adapter and makes it ready; it can be asked for when this returns. Of the same name and weights: no change.
+        One at a time; a call that is cancelled once it has begun to read loads it all the same.
+        """
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
