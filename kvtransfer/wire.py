@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import grpc
 from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from kvtransfer.errors import (
     BlocksNotHeldError,
@@ -23,6 +22,7 @@ from kvtransfer.errors import (
 from kvtransfer.keys import KEY_BYTES
 from kvtransfer.layout import Component, KvLayout
 from kvtransfer.pieces import Piece
+from kvtransfer.rpc_status import status_of
 from kvtransfer.transports.base import Offer
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
 
@@ -284,7 +284,7 @@ def error_from(error: grpc.aio.AioRpcError, address: str) -> KvError:
     A refusal that would come again wherever the sink asked is that error; all else means that the
     source is lost to it.
     """
-    status = rpc_status.from_call(error)
+    status = status_of(error)
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if not detail.Unpack(info):

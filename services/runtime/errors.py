@@ -16,6 +16,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from kvtransfer.rpc_status import status_of
+
 DOMAIN = "tandem"
 MESSAGE_BYTES = 2000
 METADATA_BYTES = 500
@@ -274,7 +276,7 @@ def by_reason(reason: str, message: str, metadata: Mapping[str, str]) -> TandemE
 
 def from_rpc(error: grpc.aio.AioRpcError) -> TandemError | None:
     """The TandemError inside a failed call, or None if the failure is the transport's own."""
-    status = rpc_status.from_call(error)
+    status = status_of(error)
     if status is None:
         return None
     found: TandemError | None = None

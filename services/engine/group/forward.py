@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
+from kvtransfer.rpc_status import status_of
 from services.engine.group.keys import GroupKeys
 from services.engine.group.member import Member
 from tandem.kvtransfer.v1 import kvtransfer_pb2 as pb
@@ -143,7 +144,7 @@ class KvForwarder(kvtransfer_pb2_grpc.KvTransferServiceServicer):
 
 async def _pass_on(error: grpc.aio.AioRpcError, context: _Context) -> None:
     """Ends a call as the rank ended its own, details included."""
-    status = rpc_status.from_call(error)
+    status = status_of(error)
     if status is not None:
         await context.abort_with_status(rpc_status.to_status(status))
     await context.abort(error.code(), error.details() or "")
