@@ -25,6 +25,7 @@ from loadtest.wire import InferenceClient, context_tokens
 from loadtest.workload import SamplingSpec, Synthetic, Workload
 from services.runtime.channels import Channels
 from services.runtime.client import CallFailedError, Client
+from services.runtime.errors import CoordinatorUnavailableError
 
 LOOK_SECONDS = 0.05
 BACK_SECONDS = 90.0
@@ -208,7 +209,7 @@ class _Bench:
     async def questions(self, say: Callable[[str], None]) -> list[Question]:
         """With their answers, greedy and sampled ones in turn. Raises CallFailedError."""
         options, frontends = self._options, self._cluster.addresses("frontend")
-        model, _ = await context_tokens(self._channels, frontends[0], "")
+        model = await self._model(frontends[0])
         source = Synthetic(
             lengths.parse(options.input_tokens), lengths.parse(options.output_tokens), 0.5, 64, 4
         )
@@ -237,6 +238,17 @@ class _Bench:
                     plan, took = asked[i].plan, answers[i].extend
                     group.create_task(client.tokens(plan, options.timeout_seconds, took))
         return [replace(q, answer=tuple(answer)) for q, answer in zip(asked, answers, strict=True)]
+
+    async def _model(self, frontend: str) -> str:
+        """Its name. A frontend that finds coordinators in etcd may know of none yet."""
+        async with asyncio.timeout(BACK_SECONDS):
+            while True:
+                try:
+                    return (await context_tokens(self._channels, frontend, ""))[0]
+                except CallFailedError as error:
+                    if error.reason != CoordinatorUnavailableError.reason:
+                        raise
+                await asyncio.sleep(LOOK_SECONDS)
 
     async def harm(self, harm: Harm) -> tuple[float, float]:
         """Does it, and undoes it: from when, and until when that may have been felt."""
