@@ -157,6 +157,10 @@ class Beginning:
         sampling = clipped(sampling, room)
         return Prepared(caller, served, prompt, sampling, asked.stop, wishes, salted, keys)
 
+    async def check_guide(self, guide: Guide) -> None:
+        """Raises InvalidRequestError for one that can't be enforced, or takes too much."""
+        await self._guides.check(guide)
+
     def start(
         self,
         prepared: Prepared,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf import json_format
 
+from services.engine.api import Guide, GuideKind
 from services.frontend.answers.families import PLAIN
 from services.frontend.answers.format import AnswerFormat
 from services.frontend.openai.choices import seed_of
@@ -351,6 +355,24 @@ async def test_calls_that_are_required_are_held_to_their_form(world):
     assert not none.HasField("guide")
 
 
+async def test_a_functions_schema_that_cant_be_enforced_is_named(world):
+    world.model.answers.guide = lambda *_: Guide(GuideKind.JSON_SCHEMA, ('{"type": "odd"}',))
+    request = user("hi", tools=[tool("f"), tool("g", '{"type": "odd"}')])
+    request.tool_choice.string_value = "required"
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await world.chat(request)
+    assert refusal(raised.value) == ("INVALID_REQUEST", "tools[1].function.parameters")
+    request = user("hi")
+    request.response_format.type = "json_schema"
+    request.response_format.json_schema.name = "x"
+    request.response_format.json_schema.schema = '{"type": "odd"}'
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await world.chat(request)
+    path = "response_format.json_schema.schema"
+    assert refusal(raised.value) == ("INVALID_REQUEST", path)
+    assert world.world.coordinator.places == []
+
+
 async def test_an_adapter_is_asked_for_as_a_model(world):
     request = user("hi")
     request.model = "pirate"
@@ -503,3 +525,17 @@ async def test_a_model_that_takes_no_tools_refuses_them_untokenized():
             await world.chat(user("hi", tools=[tool("f")]))
         assert refusal(raised.value) == ("INVALID_REQUEST", "tools")
         assert world.model.encoded == 0
+
+
+async def test_the_client_in_the_docs_works_as_pasted(world, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "127.0.0.1:7400" in block
+    script = tmp_path / "client.py"
+    script.write_text(block.replace("127.0.0.1:7400", world.world.address))
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+    )
+    out, _ = await asyncio.wait_for(client.communicate(), 60)
+    assert client.returncode == 0
+    assert out.decode() == "hello\n 6 tokens\n"

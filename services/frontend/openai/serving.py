@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.engine.api import Guide
+from services.engine.api import Guide, GuideKind
 from services.frontend import validate
 from services.frontend.begin import Beginning, Caller, Context, Prepared
 from services.frontend.chat import Calling, Chat
@@ -124,11 +124,24 @@ class Serving:
                 itl_seconds=asking.itl_seconds,
                 adapter=target.adapter,
             )
+            guide = self._guide(asking, given)
             with named_as(names):
-                prepared.append(
-                    await self.beginning.prepare(asked, caller, self._guide(asking, given))
-                )
+                try:
+                    prepared.append(await self.beginning.prepare(asked, caller, guide))
+                except InvalidRequestError as error:
+                    if error.metadata.get("field", "").startswith("sampling.guide"):
+                        await self._blame(asking)
+                    raise
         return prepared
+
+    async def _blame(self, asking: Asking) -> None:
+        """Calls can't be held to their form: names the function whose schema is at fault."""
+        for i, function in enumerate(asking.tools):
+            if function.parameters:
+                schema = Guide(GuideKind.JSON_SCHEMA, (function.parameters,))
+                names = (("sampling.guide.json_schema", f"tools[{i}].function.parameters"),)
+                with named_as(names):
+                    await self.beginning.check_guide(schema)
 
     def _guide(self, asking: Asking, given: Input) -> GuideOf | None:
         """What holds the answer to a form that depends on whether it begins with a thought."""
