@@ -122,3 +122,20 @@ async def test_prompts_of_another_worker_are_decoded_on_any_rank(group, alone):
     assert [(r.blocks, r.computed_tokens) for r in reports] == [(3, 0)] * 4
     await group.settled()
     await alone.settled()
+
+
+async def test_one_process_tells_how_its_experts_are_used(alone):
+    engine, ids = alone.engine, prompt(21)
+    shape, placed = engine.info.experts, engine.stats().expert_map
+    assert (shape.layers, shape.logical, shape.physical, shape.gpus) == (3, 8, 8, 1)
+    assert placed == ExpertMap(tuple(range(8)) * 3)
+    assert sum(engine.stats().expert_tokens) == 0
+    await alone.generate("r", ids, GREEDY)
+    tokens = np.array(engine.stats().expert_tokens).reshape(3, 8)
+    rows, choices = len(ids) + 11, torch_deepseek.TINY["num_experts_per_tok"]
+    assert (tokens.sum(1)[:2] >= rows * choices).all()
+    with pytest.raises(InvalidRequestError, match="in one process"):
+        swapped = (1, 0, *range(2, 8), *range(8), *range(8))
+        moves = [ExpertMove(0, 1, 1, 0), ExpertMove(0, 0, 0, 1)]
+        engine.update_experts(ExpertMap(swapped, 1), moves)
+    assert engine.stats().expert_map == placed

@@ -21,6 +21,7 @@ from services.engine.models.folder import ModelFolder, resolve
 from services.engine.models.text import Tokenizer
 from services.engine.stepped.batch import AfterLayers, DraftBatch, LoadedModel, StepBatch
 from services.engine.stepped.engine import SteppedEngine
+from services.engine.stepped.experts import ExpertsHere
 from services.engine.torch.model import Batch, DraftRows, TorchModel
 from services.engine.torch.parallel.mesh import Mesh
 from services.engine.torch.parallel.share import ExpertShare, join, share_of
@@ -192,11 +193,10 @@ def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None)
     loaded = _read(folder, engine, share=share)
     if share is not None:
         share.experts.counts = lambda: loaded.expert_tokens
-    return replace(
-        _described(folder, loaded, loaded),
-        experts=None if share is None else share.experts,
-        rounds=None if share is None else share.rounds,
-    )
+    described = _described(folder, loaded, loaded)
+    if share is None:
+        return described
+    return replace(described, experts=share.experts, rounds=share.rounds)
 
 
 def load_shared(
@@ -262,7 +262,17 @@ def _described(
         min(folder.context_tokens, loaded.config.positions),
         folder.vocabulary,
         folder.eos_token_ids,
+        experts=_experts(loaded),
         adapters=loaded.adapters,
         drafter=_Drafts(called) if loaded.weights.draft is not None else None,
         tokens=lambda: Tokenizer(folder).table.tokens,
     )
+
+
+def _experts(loaded: TorchModel) -> ExpertsHere | None:
+    moe = loaded.config.moe
+    if moe is None:
+        return None
+    values = 3 * loaded.config.hidden * moe.intermediate
+    size = values * loaded.weights.embedding.element_size()
+    return ExpertsHere(moe.groups, size, lambda: loaded.expert_tokens)
