@@ -454,7 +454,7 @@ class CreateChatCompletionRequest(_message.Message):
     user: _builtins.str
     """The user that the client asks for: requests with the same one are kept together where that costs nothing."""
     service_tier: _builtins.str
-    """"auto", "default", "flex" (served when nothing else waits) or "priority"."""
+    """"auto", "default", "flex" (priority -50) or "priority" (50); a priority that is given goes before it."""
     store: _builtins.bool
     """Taken if false or absent: nothing is ever stored."""
     reasoning_effort: _builtins.str
@@ -470,7 +470,7 @@ class CreateChatCompletionRequest(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the end-of-sequence token."""
     priority: _builtins.int
-    """Higher ones are served first, -100 to 100."""
+    """Higher ones are served first, -100 to 100. Default: the service tier's."""
     guided_regex: _builtins.str
     """The answer matches this regular expression as a whole."""
     guided_grammar: _builtins.str
@@ -489,7 +489,7 @@ class CreateChatCompletionRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _struct_pb2.Value:
-        """A string, or an array of up to 4: the answer ends before the first of them."""
+        """A string, or an array of up to 16, each 1 to 256 characters: the answer ends before the first of them."""
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -759,7 +759,7 @@ class ChatLogprobs(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def content(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each token."""
+        """One for each token, those of thoughts and calls too, but for one that ends the answer."""
 
     def __init__(
         self,
@@ -1272,7 +1272,7 @@ class CreateCompletionRequest(_message.Message):
     stream: _builtins.bool
     """Over HTTP: pieces as they come."""
     logprobs: _builtins.int
-    """Log-probabilities of the tokens, and of this many most probable ones, 0 to 5."""
+    """Log-probabilities of the tokens, and of this many most probable ones, 0 to 5; not with echo."""
     echo: _builtins.bool
     """The prompt's text before the continuation's."""
     presence_penalty: _builtins.float
@@ -1319,7 +1319,7 @@ class CreateCompletionRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _struct_pb2.Value:
-        """A string, or an array of up to 4."""
+        """A string, or an array of up to 16, as in a chat."""
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -1488,7 +1488,7 @@ class CompletionLogprobs(_message.Message):
     TEXT_OFFSET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Text of each token."""
+        """Text of each token; "bytes:\\xe2\\x80" for bytes that are no text by themselves."""
 
     @_builtins.property
     def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
