@@ -227,23 +227,24 @@ async def test_a_slow_read_keeps_its_lease(name, own_source, make_sink, monkeypa
 
 
 @pytest.mark.parametrize("blind", [False, True], ids=["both checks", "generations alone"])
-async def test_memory_reused_under_a_read(name, own_source, sink, monkeypatch, blind):
-    """The lease ends and others get the memory between announcement and read."""
+async def test_memory_reused_under_a_read(name, source, sink, monkeypatch, blind):
+    """The lease ends and others get the memory between announcement and read.
+
+    Of a source with long leases: the sink asks often for short ones, and hears that this is over.
+    """
     if blind:
         monkeypatch.setattr(kvtransfer.reading, "checksum", lambda _: AlwaysRight())
     keys, lease = fresh_keys(4), fresh_lease()
-    await own_source.do("offer", lease=lease, keys=keys)
+    await source.do("offer", lease=lease, keys=keys)
 
     async def reuse(number: int) -> None:
         if number == 0:
-            await own_source.do("end", lease=lease, why="cancelled")
-            await own_source.do("cache", keys=fresh_keys(64))
+            await source.do("end", lease=lease, why="cancelled")
+            await source.do("cache", keys=fresh_keys(64))
 
     at_each_read(sink, name, monkeypatch, reuse)
     blocks = sink.allocate(4)
-    error = await end(
-        sink.endpoint.fetch(own_source.address, lease, keys, blocks, partial_last=False)
-    )
+    error = await end(sink.endpoint.fetch(source.address, lease, keys, blocks, partial_last=False))
     assert isinstance(error, KvSourceLostError)
     assert error.metadata["cause"] == "STALE"
     assert error.complete == (False,) * 4
