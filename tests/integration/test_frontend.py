@@ -372,7 +372,7 @@ class World:
         assert len(self.coordinator.reports) == len(self.coordinator.places)
 
 
-async def eventually(what, seconds: float = 5.0) -> None:
+async def eventually(what, seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not what():  # noqa: ASYNC110 - observed from outside, there is no event
             await asyncio.sleep(0.005)
@@ -470,7 +470,7 @@ async def test_a_stream_from_prompt_to_usage(world):
     assert (attempt.tokens, attempt.failure) == (12, "")
     assert (attempt.kv.transport, attempt.kv.bytes) == ("shm", 640)
     assert 0 < last.route.placement_seconds <= last.route.ttft_seconds
-    assert last.route.ttft_seconds <= last.route.total_seconds < 5
+    assert last.route.ttft_seconds <= last.route.total_seconds < 30
     await world.settled()
 
 
@@ -762,9 +762,9 @@ async def test_the_client_cancels_while_it_waits_for_a_place(world):
 
 async def test_the_clients_deadline_reaches_everyone(world):
     world.decode["d0"].pause_at = 4
-    error = await failure(world.stream(ask(), timeout=0.3))
+    error = await failure(world.stream(ask(), timeout=2.0))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert world.decode["d0"].starts[0].deadline_ms <= 300
+    assert world.decode["d0"].starts[0].deadline_ms <= 2000
     await eventually(lambda: world.decode["d0"].cancels)
     await world.settled()
     (report,) = world.coordinator.reports
@@ -772,7 +772,7 @@ async def test_the_clients_deadline_reaches_everyone(world):
 
 
 async def test_without_a_client_deadline_the_default_holds():
-    async with a_world(default_timeout_seconds=0.2) as world:
+    async with a_world(default_timeout_seconds=2.0) as world:
         (await world.add_decode("d0")).pause_at = 4
         error = await failure(world.stream(ask(), timeout=None))
         assert from_rpc(error).reason == "DEADLINE"
@@ -781,7 +781,7 @@ async def test_without_a_client_deadline_the_default_holds():
 
 
 async def test_a_silent_worker_is_lost_for_its_requests():
-    async with a_world(stall_seconds=0.15) as world:
+    async with a_world(stall_seconds=0.6) as world:
         (await world.add_decode("d0")).pause_at = 4
         await world.add_decode("d1")
         answer = await world.whole(ask())
@@ -793,7 +793,7 @@ async def test_a_silent_worker_is_lost_for_its_requests():
 
 
 async def test_a_silent_prefill_worker_is_lost_too():
-    async with a_world(stall_seconds=0.15) as world:
+    async with a_world(stall_seconds=0.6) as world:
         (await world.add_prefill("p0")).gate.clear()
         await world.add_prefill("p1")
         await world.add_decode("d0")

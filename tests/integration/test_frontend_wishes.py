@@ -116,14 +116,17 @@ async def test_a_refusal_says_when_to_come_back_and_what_to_ask_about(kind):
 
 # Hung engines: the process answers pings
 
+SILENCE = 0.8
+"""Seconds: half of it is there to answer a ping, and this process may be late by Awake's 0.25."""
+
 
 async def test_an_engine_that_hangs_in_mid_stream_is_found_by_its_own_rhythm():
-    async with a_world(silence_seconds=0.2) as world:
+    async with a_world(silence_seconds=SILENCE) as world:
         (await world.add_decode("d0")).pause_at = 6
         await world.add_decode("d1")
         began = time.monotonic()
         answer = await world.whole(ask())
-        assert 0.4 < time.monotonic() - began < 5.0, "stall_seconds are 30"
+        assert 2 * SILENCE < time.monotonic() - began < 20.0, "stall_seconds are 30"
         assert list(answer.token_ids) == answer_to("tandem", 12)
         first, second = answer.route.attempts
         assert (first.failure, first.tokens, second.tokens) == ("WORKER_SILENT", 6, 6)
@@ -132,20 +135,20 @@ async def test_an_engine_that_hangs_in_mid_stream_is_found_by_its_own_rhythm():
 
 
 async def test_an_engine_that_hangs_with_a_prompt_is_found_by_what_was_predicted():
-    async with a_world(silence_seconds=0.2) as world:
+    async with a_world(silence_seconds=SILENCE) as world:
         world.coordinator.predicted_ttft = 0.06
         (await world.add_prefill("p0")).gate.clear()
         await world.add_prefill("p1")
         await world.add_decode("d0")
         began = time.monotonic()
         answer = await world.whole(ask())
-        assert 0.4 < time.monotonic() - began < 5.0
+        assert 2 * SILENCE < time.monotonic() - began < 20.0
         assert list(answer.token_ids) == answer_to("tandem", 12)
         assert [a.prefill_worker for a in answer.route.attempts] == ["p0", "p1"]
 
 
 async def test_a_prompt_that_is_not_accepted():
-    async with a_world(silence_seconds=0.2) as world:
+    async with a_world(silence_seconds=SILENCE) as world:
         (await world.add_prefill("p0")).accepts.clear()
         await world.add_prefill("p1")
         await world.add_decode("d0")
