@@ -16,6 +16,7 @@ from typing import Self
 
 from cli.child import Child, ChildFailedError
 from cli.etcd import EtcdChild
+from cli.gateway import GatewayChild
 from cli.output import CommandError
 from services.runtime.load import Given, load
 from services.runtime.settings import WorkerProcess
@@ -60,21 +61,21 @@ def _members(role: str, count: int, port: int) -> list[_Member]:
 
 
 _WORKERS = ("prefill", "decode", "both")
-_STARTS = (("etcd",), ("coordinator",), ("frontend", *_WORKERS))
-_ENDS = (("frontend",), _WORKERS, ("coordinator",), ("etcd",))
-"""Frontends first, then workers, which they still need."""
+_STARTS = (("etcd",), ("coordinator",), ("frontend", *_WORKERS), ("gateway",))
+_ENDS = (("gateway",), ("frontend",), _WORKERS, ("coordinator",), ("etcd",))
+"""Who asks ends first, then those that it still needs."""
 
 
 class LocalCluster:
     """An async context manager: `async with LocalCluster(prefill=1, decode=1) as cluster`.
 
-    Processes are "etcd", "coordinator", "frontend" (numbered too if there are several:
+    Processes are "etcd", "coordinator", "gateway", "frontend" (numbered if there are several:
     "frontend-0"...), "prefill-0", "decode-0", "both-0"...; worker ids are
     these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
     them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
     unless asked for (the first of several has it, the next ones those behind it); all but workers
-    keep theirs when restarted. With `etcd`, coordinators are found there. `restart` brings dead
-    processes back, with backoff.
+    keep theirs when restarted. With `etcd`, coordinators are found there. With `gateway`, the
+    program, there is one before the frontends. `restart` brings dead processes back, with backoff.
 
     Leaving the context drains and ends every process; ClusterError says if one of them had to be
     killed or failed. An exception (a cancellation, too) on the way out kills all at once.
@@ -89,12 +90,14 @@ class LocalCluster:
         coordinators: int = 1,
         frontends: int = 1,
         etcd: bool = False,
+        gateway: Path | None = None,
         settings: Mapping[str, str] | None = None,
         own: Mapping[str, Mapping[str, str]] | None = None,
         config: Path | None = None,
         environment: Mapping[str, str] | None = None,
         frontend_port: int = 0,
         coordinator_port: int = 0,
+        gateway_port: int = 0,
         restart: bool = False,
         logs: Path | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
@@ -102,6 +105,7 @@ class LocalCluster:
         self._config = config
         self._environment = environment
         self._restart = restart
+        self._gateway = gateway
         self._on_event = on_event
         self._settings = dict(settings or {})
         self._own = dict(own or {})
@@ -116,6 +120,7 @@ class LocalCluster:
             *_members("etcd", int(etcd), 0),
             *_members("coordinator", coordinators, coordinator_port),
             *_members("frontend", frontends, frontend_port),
+            *_members("gateway", int(gateway is not None), gateway_port),
             *(_Member(f"{role}-{i}", role) for role, n in workers.items() for i in range(n)),
         ]
         self._children: dict[str, Child] = {}
@@ -241,6 +246,16 @@ class LocalCluster:
         if self.etcd_data is not None and member.role == "etcd":
             child = await EtcdChild.launch(
                 member.name, self.etcd_data, self._port(member), log=log, timeout=READY_SECONDS
+            )
+        elif self._gateway is not None and member.role == "gateway":
+            child = await GatewayChild.launch(
+                member.name,
+                self._gateway,
+                self.addresses("frontend"),
+                self._port(member),
+                drain_seconds=self._drain_seconds,
+                log=log,
+                timeout=READY_SECONDS,
             )
         else:
             child = await Child.start(

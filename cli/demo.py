@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cli import gateway
 from cli.advice import explain
 from cli.ask import answer, to_terminal
 from cli.cluster import LocalCluster
@@ -63,6 +65,9 @@ SCENES = {
 
 REPORTS_SECONDS = 1.5
 """After which the coordinator has heard from every worker what came of its drafts."""
+
+
+CURL_SECONDS = 120.0
 
 
 class DemoFailedError(CommandError):
@@ -124,6 +129,7 @@ async def demo(show: Show, stop: Stop) -> int:
             settings=settings,
             own={f"decode-{i}": decode for i in range(show.decode)},
             config=show.config,
+            gateway=gateway.program(),
             on_event=screen.event,
         )
         if not await started(cluster, stop):
@@ -136,7 +142,8 @@ async def demo(show: Show, stop: Stop) -> int:
             raise DemoFailedError(f"{explain(error)}\nlogs: {cluster.logs}") from None
         if told is None:
             return INTERRUPTED
-        if failure := _failure(show, *told):
+        failure = _failure(show, *told) or await unless(stop, _over_http(console, cluster, show))
+        if failure:
             raise DemoFailedError(f"{failure}\nlogs: {cluster.logs}")
         if show.keep:
             address = cluster.address("frontend")
@@ -160,6 +167,25 @@ async def _ask_twice(console: Console, cluster: LocalCluster, show: Show) -> tup
             for line in drafts(await client.status()):
                 console.print(line, soft_wrap=True)
     return first, again
+
+
+async def _over_http(console: Console, cluster: LocalCluster, show: Show) -> str:
+    """The same question by curl, if there is a gateway; what went wrong with it, or nothing."""
+    addresses = cluster.addresses("gateway")
+    if not addresses:
+        console.print(f"\n{gateway.BUILD}.", style="dim")
+        return ""
+    command = gateway.curl(addresses[0], show.model, show.prompt)
+    console.print("\nThe same by HTTP:", gateway.shown(command), soft_wrap=True, markup=False)
+    if shutil.which(command[0]) is None:
+        console.print("curl is not installed here, so it was not asked.", style="dim")
+        return ""
+    text = await gateway.asked(command, CURL_SECONDS)
+    console.print(text, soft_wrap=True, markup=False)
+    expected = show.scene.expected
+    if show.prompt == PROMPT and expected not in text:
+        return f"what came by HTTP does not name {expected}"
+    return ""
 
 
 async def _ask(client: Client, prompt: str) -> Told:

@@ -198,6 +198,13 @@ def up(
     etcd: Annotated[
         bool, typer.Option("--etcd", help="An etcd too, in which processes find each other.")
     ] = False,
+    gateway: Annotated[
+        bool, typer.Option(help="The HTTP gateway for OpenAI's clients, if it is built.")
+    ] = True,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(help="Of the gateway. Default: 7480, or with --port 0 a free one."),
+    ] = None,
     engine: Engine = None,
     transport: OneTransport = None,
     config: Config = None,
@@ -224,6 +231,7 @@ def up(
     """  # noqa: D301 - click's mark for lines to keep
     with plain_errors():
         from cli import flags
+        from cli import gateway as http
         from cli.prepare import prepare
         from cli.up import Plan
         from cli.up import up as run_up
@@ -235,19 +243,24 @@ def up(
         frontend, coordinator = flags.ports(file, os.environ)
         chosen = flags.texts(sets, model, engine, transport)
         prepare(file, os.environ, chosen, fetch=False)
+        port = frontend if port is None else port
+        if gateway_port is None:
+            gateway_port = http.PORT if port else 0
         plan = Plan(
             prefill=prefill,
             decode=decode,
             both=both,
             settings=chosen,
             config=file,
-            port=frontend if port is None else port,
+            port=port,
             coordinator_port=coordinator if coordinator_port is None else coordinator_port,
             restart=restart,
             logs=logs,
             coordinators=coordinators,
             frontends=frontends,
             etcd=etcd,
+            gateway=http.program() if gateway else None,
+            gateway_port=gateway_port,
         )
         raise typer.Exit(process.run(lambda stop: run_up(plan, stop)))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cli.cluster import ClusterError, LocalCluster
+from cli.gateway import BUILD
 from cli.output import INTERRUPTED
 from cli.screen import Screen, opened
 from services.runtime.client import CallFailedError, Client, Status
@@ -34,6 +35,8 @@ class Plan:
     coordinators: int = 1
     frontends: int = 1
     etcd: bool = False
+    gateway: Path | None = None
+    gateway_port: int = 0
 
 
 async def up(plan: Plan, stop: Stop) -> int:
@@ -57,6 +60,8 @@ async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
         config=plan.config,
         frontend_port=plan.port,
         coordinator_port=plan.coordinator_port,
+        gateway=plan.gateway,
+        gateway_port=plan.gateway_port,
         restart=plan.restart,
         logs=plan.logs,
         on_event=screen.event,
@@ -68,6 +73,8 @@ async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_exit(cluster)
         screen.say(_welcome(cluster))
+        if plan.gateway is None:
+            screen.say(BUILD)
         await _watch(cluster, stop, screen)
         screen.say("draining; Ctrl-C again ends at once")
     return 0
@@ -130,8 +137,12 @@ def _welcome(cluster: LocalCluster) -> str:
         for role in ("frontend", "coordinator", "etcd")
         if cluster.addresses(role)
     ]
-    return (
-        f"Tandem is up: {', '.join(there)}\n"
-        f"ask it:  tandem chat --address {frontends[0]}\n"
-        "end it:  Ctrl-C"
+    http = [f"OpenAI: base URL http://{url}/v1" for url in cluster.addresses("gateway")]
+    return "\n".join(
+        [
+            f"Tandem is up: {', '.join(there)}",
+            f"ask it:  tandem chat --address {frontends[0]}",
+            *http,
+            "end it:  Ctrl-C",
+        ]
     )
