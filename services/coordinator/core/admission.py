@@ -9,6 +9,9 @@ A lane for each model. In a lane, in this order:
    who set none would starve. Deadlines are looked after by refusing: before the queue what can't be
    met (predict.py), in it what is past.
 
+A request with a LoRA adapter that no worker with room has loaded is passed over, as if it were not
+there: others wait for other workers, and take nothing that it could have.
+
 Two exceptions, each with its bound:
 
 - No starvation: every other turn is for those that have waited `patience` seconds, oldest first,
@@ -27,7 +30,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, takewhile
 
@@ -66,6 +69,15 @@ class Waiting:
     def line(self) -> Line:
         """Whom its tenant is weighed against."""
         return Line(self.request.model, self.request.priority)
+
+
+Open = Callable[[str], bool]
+"""Whether a worker with room may have the LoRA adapter loaded; "" is none, which all have."""
+
+
+def all_open(adapter: str) -> bool:
+    """Where nothing is known of workers."""
+    return True
 
 
 Entries = OrderedDict[int, Waiting]
@@ -211,16 +223,20 @@ class Queue:
         del self._crowd[want.priority, want.tenant][ticket]
         self._count(want.priority, want.tenant)
 
-    def head(self, model: str, now: float) -> list[Waiting]:
-        """Requests whose turn it can be, in order: the first one, and those that may overtake."""
+    def head(self, model: str, now: float, is_open: Open = all_open) -> list[Waiting]:
+        """Requests whose turn it can be, in order: the first one, and those that may overtake.
+
+        Those whose adapter is not open are passed over, one by one.
+        """
         self._now = max(self._now, now)
         lane = self._lanes.get(model)
         if lane is None:
             return []
-        old = list(islice(self._old(lane, now), LOOKAHEAD // 2))
-        first = chain(old, self._fair(lane))
+        may = (e for e in self._old(lane, now) if is_open(e.request.adapter))
+        old = list(islice(may, LOOKAHEAD // 2))
+        first = chain(old, self._fair(lane, is_open))
         if not lane.old_first:
-            first = chain(islice(self._fair(lane), LOOKAHEAD - len(old)), old)
+            first = chain(islice(self._fair(lane, is_open), LOOKAHEAD - len(old)), old)
         some: dict[int, Waiting] = {}
         for entry in first:
             some.setdefault(entry.ticket, entry)
@@ -228,16 +244,16 @@ class Queue:
                 break
         return list(some.values())
 
-    def may_try(self, entry: Waiting, now: float) -> bool:
+    def may_try(self, entry: Waiting, now: float, is_open: Open = all_open) -> bool:
         """Whether a request that was just added may be tried at once.
 
         Those before it were tried when room appeared, so if it fits, it overtakes them.
         """
         return self.waiting(entry.request.model) == 1 or entry in self.head(
-            entry.request.model, now
+            entry.request.model, now, is_open
         )
 
-    def take(self, ticket: int, now: float) -> Waiting | None:
+    def take(self, ticket: int, now: float, is_open: Open = all_open) -> Waiting | None:
         """Takes a request out that is placed; those before it have been overtaken."""
         entry = self._entries.get(ticket)
         if entry is None:
@@ -246,7 +262,7 @@ class Queue:
         alone = len(lane.entries) == 1
         if not alone or entry.since < now:
             self._paces.setdefault(entry.request.model, Pace(now)).count(now)
-        for other in () if alone else self.head(entry.request.model, now):
+        for other in () if alone else self.head(entry.request.model, now, is_open):
             if other is entry:
                 break
             other.overtaken += 1
@@ -294,13 +310,20 @@ class Queue:
     def _is_old(self, entry: Waiting, now: float) -> bool:
         return now - entry.since >= self._patience
 
-    def _fair(self, lane: _Lane) -> Iterator[Waiting]:
+    def _fair(self, lane: _Lane, is_open: Open) -> Iterator[Waiting]:
         for negative in lane.order:
             level = lane.levels[-negative]
-            tenants = self.fairness.next(level.line, LOOKAHEAD)
-            each = LOOKAHEAD // 2 if len(tenants) > 1 else LOOKAHEAD
-            for tenant in tenants:
-                yield from islice(level.tenants[tenant].values(), each)
+            each = LOOKAHEAD // 2 if len(level.tenants) > 1 else LOOKAHEAD
+            for tenant in self._tenants(level):
+                own = level.tenants[tenant].values()
+                yield from islice((e for e in own if is_open(e.request.adapter)), each)
+
+    def _tenants(self, level: _Level) -> Iterator[str]:
+        """In order. More than LOOKAHEAD are looked for only if these have nothing that is open."""
+        first = self.fairness.next(level.line, LOOKAHEAD)
+        yield from first
+        if len(level.tenants) > len(first):
+            yield from self.fairness.next(level.line, len(level.tenants))[len(first) :]
 
     def _count(self, priority: int, tenant: str) -> None:
         """The number of a tenant's places has changed."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from services.coordinator.core import messages as m
-from services.coordinator.core.admission import PlacementRate, Queue, Waiting
+from services.coordinator.core.admission import Open, PlacementRate, Queue, Waiting
 from services.coordinator.core.balance import Queued
 from services.coordinator.core.candidates import View, fits
 from services.coordinator.core.explain import Explanations
@@ -110,10 +111,11 @@ class Desk:
             self._refuse(entry, m.Refusal(m.Reason.DEADLINE, "the deadline had passed"), now)
             return
         self.queue.add(entry)
-        if self.queue.may_try(entry, now):
+        is_open = self._open(want.model)
+        if self.queue.may_try(entry, now, is_open):
             outcome = self._decide(entry, now)
             if not isinstance(outcome, Blocked):
-                self._take(entry, outcome, now)
+                self._take(entry, outcome, now, is_open)
                 return
         else:
             self._note_wait(entry, "its turn: others wait for the same model", now)
@@ -278,10 +280,12 @@ class Desk:
 
     # Answers
 
-    def _take(self, entry: Waiting, outcome: Decision | m.Refusal, now: float) -> None:
+    def _take(
+        self, entry: Waiting, outcome: Decision | m.Refusal, now: float, is_open: Open
+    ) -> None:
         """Answers a request that is in the queue."""
         if isinstance(outcome, Decision):
-            self.queue.take(entry.ticket, now)
+            self.queue.take(entry.ticket, now, is_open)
         else:
             self.queue.remove(entry.ticket)
         self._answer(entry, outcome, now)
@@ -357,7 +361,8 @@ class Desk:
 
     def _serve_one(self, lane: str, now: float, by: Worker | None) -> bool:
         """Answers one request of a lane if it can; so the next one may get its turn."""
-        for entry in self.queue.head(lane, now):
+        is_open = self._open(lane, by)
+        for entry in self.queue.head(lane, now, is_open):
             if entry.late(now):
                 self._refuse_late(entry, now)
                 return True
@@ -368,9 +373,23 @@ class Desk:
                 if outcome.everyone:
                     return False
                 continue
-            self._take(entry, outcome, now)
+            self._take(entry, outcome, now, is_open)
             return True
         return False
+
+    def _open(self, model: str, by: Worker | None = None) -> Open:
+        """At this moment, each looked up once. One that nobody has is open: to be refused."""
+
+        def has_room(adapter: str) -> bool:
+            if not adapter:
+                return True
+            if by is not None:
+                return adapter in by.load.stats.adapters
+            pools = self._pools.of(model)
+            those = [w for p in pools for w in p.decode.with_adapter.get(adapter, {}).values()]
+            return not those or any(w.load.room for w in those)
+
+        return cache(has_room)
 
     def _refuse_late(self, entry: Waiting, now: float) -> None:
         self.queue.remove(entry.ticket)

@@ -1,6 +1,7 @@
 """LoRA adapters: a request goes to workers that have its adapter loaded, and nowhere else."""
 
 from services.coordinator.core import messages as m
+from services.coordinator.core.admission import LOOKAHEAD, MAX_OVERTAKEN
 from services.coordinator.wire import models_to
 
 OLD, NEW = "legal@" + "0" * 32, "legal@" + "1" * 32
@@ -44,6 +45,23 @@ class TestPlacement:
         assert cluster.place(32).decode.worker_id == "decode-a"
         cluster.beat("decode-lora", adapters=(NEW,))
         assert cluster.answers[ticket].placement.decode.worker_id == "decode-lora"
+
+    def test_many_that_wait_for_full_ones_hold_up_nobody_else(self, cluster):
+        cluster.worker("decode-a")
+        cluster.worker("decode-lora")
+        cluster.beat("decode-lora", adapters=(NEW,), running=8, waiting=8)
+        cluster.beat("decode-a", running=8, waiting=8)
+        waiting = [cluster.ask(32, adapter=NEW) for _ in range(LOOKAHEAD)]
+        behind = cluster.ask(32)
+        cluster.beat("decode-a")
+        assert cluster.answers[behind].placement.decode.worker_id == "decode-a"
+        # However many others come: they take nothing that the first could have had.
+        for number in range(MAX_OVERTAKEN * 2):
+            cluster.worker(f"decode-{number}")
+            assert cluster.place(32).decode.worker_id != "decode-lora"
+        assert not set(waiting) & set(cluster.answers)
+        cluster.beat("decode-lora", adapters=(NEW,))
+        assert cluster.answers[waiting[0]].placement.decode.worker_id == "decode-lora"
 
     def test_loading_is_noticed_at_once(self, cluster):
         cluster.worker("decode-a")

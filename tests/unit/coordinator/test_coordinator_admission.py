@@ -23,8 +23,10 @@ from services.coordinator.core.pace import ENOUGH, Pace
 from services.coordinator.core.ranking import Ranking
 
 
-def entry(ticket, model="m", deadline=None, tenant="", priority=0, since=0.0):
-    want = PlaceRequest(f"r{ticket}", 0, model, (), 10, 10, tenant=tenant, priority=priority)
+def entry(ticket, model="m", deadline=None, tenant="", priority=0, since=0.0, adapter=""):
+    want = PlaceRequest(
+        f"r{ticket}", 0, model, (), 10, 10, tenant=tenant, priority=priority, adapter=adapter
+    )
     return Waiting(ticket, want, since, deadline)
 
 
@@ -523,3 +525,24 @@ def test_the_hint_follows_the_measured_rate():
     assert rate.retry_seconds(2, now) == 1.0
     assert rate.retry_seconds(10**6, now) == 30.0
     assert math.isfinite(rate.retry_seconds(10**6, now + 10**6))
+
+
+def test_who_waits_for_an_adapter_that_is_not_open_is_passed_over():
+    def only_b(adapter):
+        return adapter in ("", "b")
+
+    queue = Queue(limit=200, patience=30.0)
+    for ticket in range(60):  # of many tenants, more than are looked for at first
+        queue.add(entry(ticket, tenant=f"t{ticket % 20}", adapter="a"))
+    queue.add(entry(60, tenant="u", adapter="b"))
+    queue.add(entry(61, tenant="v"))
+    assert set(head(queue)) <= set(range(60))
+    for now in (0.0, 100.0):  # of those that waited long, too
+        assert tickets(queue.head("m", now, only_b)) == [60, 61]
+    newcomer = entry(62)
+    queue.add(newcomer)
+    assert queue.may_try(newcomer, 0.0, only_b)
+    queue.take(62, 0.0, only_b)
+    passed = {e.ticket: e.overtaken for e in queue.lane("m")}
+    assert passed == dict.fromkeys(range(60), 0) | {60: 1, 61: 1}
+    queue.check_integrity()
