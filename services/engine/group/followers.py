@@ -51,7 +51,8 @@ class Followers:
         self._loading = set(ranks)
         self._over = False
         self._bad_setting = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
+        self._killing: asyncio.Task[None] | None = None
         self.failure: WorkerLostError | SettingsError | None = None
         """Why they are lost."""
         self.part = Part(
@@ -86,13 +87,13 @@ class Followers:
         """From now on one that is silent is lost: it says something every second."""
         for member in self._members:
             member.heard = self._clock()
-        self._tasks.append(asyncio.create_task(self._watch()))
+        self._watching = asyncio.create_task(self._watch())
 
     async def close(self, grace_seconds: float) -> None:
         """Has them end, and kills those here that take longer. Idempotent."""
         self._over = True
-        for task in self._tasks:
-            task.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         if grace_seconds > 0:
             for member in self._members:
                 member.send(pb.JoinResponse(close=pb.Close()))
@@ -103,7 +104,7 @@ class Followers:
             await asyncio.wait(left, timeout=max(grace_seconds, 1.0))
         for waiting in left:
             waiting.cancel()
-        await self._launch.end(grace_seconds)
+        await (self._killing or self._launch.end(grace_seconds))
         await self._server.stop(0)
 
     def _cut(self) -> None:
@@ -146,7 +147,7 @@ class Followers:
         if not self._loaded.done():
             self._loaded.set_exception(self.failure)
         self._cut()
-        self._tasks.append(asyncio.create_task(self._launch.end(0)))
+        self._killing = asyncio.create_task(self._launch.end(0))
         self._lost(self.failure)
 
     async def _watch(self) -> None:
