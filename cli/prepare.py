@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cli.peers import fetch_from
 from kvtransfer.transports.available import why_not_here
 from services.engine.models.catalog import CATALOG
 from services.engine.models.errors import ModelNotFoundError
 from services.engine.models.folder import resolve
 from services.runtime.load import Given, SettingsError, load
-from services.runtime.settings import FrontendProcess, WorkerProcess
+from services.runtime.settings import ANY_WORKER, FrontendProcess, WorkerProcess
 
 
 def prepare(
@@ -18,17 +19,26 @@ def prepare(
 ) -> str:
     """Finds the model that the settings ask for, and converts it if it is a GGUF file.
 
-    With `fetch`, a model of the catalogue that is not here is downloaded. Here, and not in four
+    What is not here comes from the workers that weights.sources names; with `fetch` a model of the
+    catalogue is downloaded. Here, and not in four
     processes at once, which would wait for one another without a word. Returns the model's name.
     Raises SettingsError, also if no KV transport that is asked for can be had here, and what
     services.engine.models raises.
     """
     flags = [Given(key, value, f"--set {key}={value}") for key, value in settings.items()]
-    _require_a_transport(load(WorkerProcess, file, environment, flags)[0].kv.transports)
+    worker = load(WorkerProcess, file, environment, flags)[0]
+    _require_a_transport(worker.kv.transports)
     model = load(FrontendProcess, file, environment, flags)[0].model
     try:
         resolve(model)
     except ModelNotFoundError:
+        peers = [address for address in worker.weights.sources if address != ANY_WORKER]
+        if peers:
+            from cli.models import bars
+
+            with bars() as watch:
+                fetch_from(peers, worker, watch)
+            return model.name
         if not fetch or model.path or model.name not in CATALOG:
             raise
         from cli.models import fetch as fetch_model

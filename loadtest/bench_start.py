@@ -6,6 +6,7 @@ system says that the process began, and the first token when a client has it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,12 +46,17 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """Starts of a worker, the first one apart: it may have had to compile and probe."""
+    """Starts of a worker, the first one apart: it may have had to compile and probe.
+
+    fetched: starts of another one that had no files and fetched `fetched_bytes` from the first.
+    """
 
     model: str
     threads: int
     environment: environment.Environment
     starts: tuple[Start, ...]
+    fetched: tuple[Start, ...] = ()
+    fetched_bytes: int = 0
 
     @property
     def usual(self) -> Sequence[Start]:
@@ -95,26 +101,45 @@ def start_of(reached: Mapping[str, Reached], began: float, first_token: float) -
 
 
 def show(report: StartReport, console: Console) -> None:
-    """Prints seconds by phase."""
+    """Prints seconds by phase: the first start, the next ones, those that fetched files."""
     table = Table(
-        title=f"{report.model}, {report.threads} threads: from exec to first token",
+        title=f"{report.model}, {report.threads} threads: from exec to first token (medians)",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("phase", no_wrap=True)
     first, usual = report.starts[0], report.usual
-    for column in ("first start, s", "CPU s", f"next {len(usual)}, median s", "CPU s"):
+    columns = {"first, s": (first,), f"next {len(usual)}, s": usual}
+    if report.fetched:
+        columns[f"fetched, {len(report.fetched)}, s"] = report.fetched
+    for column in columns:
         table.add_column(column, justify="right")
+        table.add_column("CPU", justify="right")
     for milestone, words in _SPENT_ON.items():
-        if milestone in first.phases:
-            table.add_row(words, *_seconds(milestone, (first,)), *_seconds(milestone, usual))
+        if any(milestone in starts[0].phases for starts in columns.values()):
+            cells = [_seconds(milestone, starts) for starts in columns.values()]
+            table.add_row(words, *itertools.chain(*cells))
     table.add_section()
-    table.add_row("all", *_seconds(None, (first,)), *_seconds(None, usual))
+    table.add_row("all", *itertools.chain(*(_seconds(None, s) for s in columns.values())))
     console.print(table)
+    if report.fetched:
+        console.print(_rate(report), highlight=False)
+
+
+def _rate(report: StartReport) -> str:
+    """How fast files came."""
+    seconds = statistics.median(s.phases[milestones.FETCHED] for s in report.fetched)
+    size = report.fetched_bytes / 1e6
+    return (
+        f"{size:.0f} MB of files came from a worker in {seconds:.2f} s: {size / seconds:.0f} MB/s"
+    )
 
 
 def _seconds(milestone: str | None, starts: Sequence[Start]) -> tuple[str, str]:
-    """Medians, on the clock and of CPU; of None: the whole start."""
+    """Medians, on the clock and of CPU; of None: the whole start. Empty if none has it."""
+    if milestone is not None and not any(milestone in s.phases for s in starts):
+        return "", ""
 
     def median(of: Callable[[Start], Mapping[str, float]]) -> str:
         values = [

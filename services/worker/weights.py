@@ -22,13 +22,11 @@ from services.engine.models.peers import bring, digests_of, is_here
 from services.engine.regions import export_policy
 from services.runtime.channels import Channels
 from services.runtime.directory import directory
-from services.runtime.settings import WorkerProcess
+from services.runtime.settings import ANY_WORKER, WorkerProcess
 from tandem.coordinator.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-ANY = "workers"
-"""In weights.sources: those that the coordinators know."""
 PAUSE_SECONDS = 1.0
 """Between two attempts."""
 ASK_SECONDS = 5.0
@@ -113,8 +111,8 @@ def _means(settings: WorkerProcess) -> Means:
 async def _peers(settings: WorkerProcess) -> list[str]:
     """Addresses: those named, in their order; then of those known, near ones first."""
     sources = settings.weights.sources
-    named = [address for address in sources if address != ANY]
-    if ANY not in sources:
+    named = [address for address in sources if address != ANY_WORKER]
+    if ANY_WORKER not in sources:
         return named
     known = [address for address in await _known(settings) if address not in named]
     return named + known

@@ -18,6 +18,8 @@ from services.engine.models.shipped import ShippedModel
 from services.runtime.settings import ModelSettings
 
 GGUF_SUFFIX = ".gguf"
+PEERS = "peers"
+"""Folder in the cache of models that were fetched from workers."""
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
 
 
@@ -134,7 +136,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 def fetched_folder(name: str, models: Path) -> Path:
     """Where a model of that name is put that is fetched from workers."""
-    return models / "peers" / f"model-{quote(name, safe='')}"
+    return models / PEERS / f"model-{quote(name, safe='')}"
 
 
 def _cached(name: str, models: Path) -> Path:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
+from kvtransfer.weights.describing import Digests, describe
+from kvtransfer.weights.manifest import PIECE_BYTES
 from services.engine.models import cache, convert
 from services.engine.models.catalog import CATALOG, CatalogModel
 from services.engine.models.convert import MANIFEST, Progress, Watch, unwatched
 from services.engine.models.errors import ModelFileError, ModelNotFoundError
-from services.engine.models.folder import ModelFolder, check_weights, read_json
+from services.engine.models.folder import PEERS, ModelFolder, check_weights, read_json
+from services.engine.models.peers import digests_of
 from services.engine.models.shipped import SHIPPED, ShippedModel
 from services.engine.models.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model of the catalogue or shipped, or a GGUF file converted because a path named it.
+    """A model of the catalogue or shipped, a local GGUF file's conversion, or one from workers.
 
-    known: unless it is such a file. folder: what engines load, None if it is not there.
+    known: of the first two. folder: what engines load, None if it is not there.
     file: the GGUF file kept in the cache, None if there is none. nbytes: what both take.
     """
 
@@ -29,9 +33,15 @@ class Entry:
     file: Path | None
     nbytes: int
 
+    @property
+    def origin(self) -> str:
+        """Where one comes from that is not known."""
+        fetched = self.folder is not None and self.folder.parent.name == PEERS
+        return "fetched from workers" if fetched else "converted from a local file"
+
 
 def entries(models: Path) -> list[Entry]:
-    """Every model of the catalogue, here or not, those shipped, then local files' conversions."""
+    """Every model of the catalogue, here or not, those shipped, then all others that are here."""
     found = [_of_catalogue(known, models) for known in CATALOG.values()]
     found += [
         Entry(known.name, known, known.folder, None, _size(known.folder))
@@ -41,6 +51,10 @@ def entries(models: Path) -> list[Entry]:
     for folder in sorted((models / "local").glob(f"hf-*-v{convert.CONVERTER_VERSION}")):
         name = str(read_json(folder / MANIFEST).get("source", folder.name))
         found.append(Entry(name, None, folder, None, _size(folder)))
+    for folder in sorted((models / PEERS).glob("model-*")):
+        if (folder / "config.json").is_file():
+            name = unquote(folder.name.removeprefix("model-"))
+            found.append(Entry(name, None, folder, None, _size(folder)))
     return found
 
 
@@ -55,6 +69,10 @@ def check(entry: Entry, watch: Watch = unwatched) -> None:
             model=entry.name,
         )
     advance = _counted(entry.nbytes, watch)
+    if entry.folder.parent.name == PEERS:
+        _compare_pieces(entry.folder, advance)
+        check_folder(ModelFolder(entry.folder, entry.name))
+        return
     if isinstance(entry.known, CatalogModel) and entry.file is not None:
         _compare(entry.file, entry.known.gguf_sha256, advance)
     expected = read_json(entry.folder / MANIFEST).get("sha256")
@@ -99,6 +117,14 @@ def _counted(total: int, watch: Watch) -> Callable[[int], None]:
         watch(Progress("check", min(done, total), max(total, 1)))
 
     return advance
+
+
+def _compare_pieces(folder: Path, advance: Callable[[int], None]) -> None:
+    """Raises ModelFileError for the first file that is not what came."""
+    known = digests_of(folder, folder.parent.parent).recall(PIECE_BYTES)
+    for file in describe(folder, Digests(), advance).files:
+        if file.name not in known or known[file.name][1] != file.digests:
+            raise ModelFileError(folder / file.name, "is not what was fetched")
 
 
 def _compare(path: Path, expected: str, advance: Callable[[int], None]) -> None:
