@@ -36,7 +36,9 @@ Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 """host:port of each; also as one text with commas."""
 
 
+ANY_WORKER = "workers"
 WeightsSource = Annotated[str, Field(pattern=r"^(workers|[^,\s]+:[0-9]+)$")]
+"""host:port, or ANY_WORKER."""
 
 AnswerFormatName = Literal[
     "auto", "plain", "hermes", "llama", "deepseek_v3", "deepseek_v31", "kimi_k2"
