@@ -36,7 +36,8 @@ def flags(settings: dict[str, str]) -> list[str]:
 
 
 def up(*more: str, settings: dict[str, str] = SCRIPTED) -> list[str]:
-    return [*COMMAND, "up", "--port", "0", "--coordinator-port", "0", *flags(settings), *more]
+    ports = ("--port", "0", "--coordinator-port", "0", "--no-gateway")
+    return [*COMMAND, "up", *ports, *flags(settings), *more]
 
 
 class Running:
