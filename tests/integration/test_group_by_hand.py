@@ -13,14 +13,18 @@ from services.engine.build import build
 from services.runtime.load import SettingsError
 from services.runtime.server import ListenError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+from tests.unit.engine_torch import torch_models
 
 GREEDY = Sampling(temperature=0.0, max_tokens=5, ignore_eos=True)
 
 
-def leader(address: str, **settings):
+def leader(address: str, model: str = "", **settings):
     engine = EngineSettings(kind="scripted", ranks=2, group_address=address, kv_blocks=64)
     return build(
-        ModelSettings(name="tiny"), engine.model_copy(update=settings), KvSettings(), "127.0.0.1"
+        ModelSettings(name="tiny", path=model),
+        engine.model_copy(update=settings),
+        KvSettings(),
+        "127.0.0.1",
     )
 
 
@@ -60,6 +64,31 @@ async def test_ranks_meet_their_leader_whoever_starts_them_first():
             if process.returncode is None:
                 process.kill()
             await process.communicate()
+        await engine.close()
+
+
+async def test_sharers_of_a_model_meet_like_ranks(tmp_path):
+    torch_models.write(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    made = {"kind": "torch", "ranks": 1, "tensor_parallel": 2, "threads": 1, "block_tokens": 16}
+    engine = leader(address, model=str(tmp_path), **made)
+    sharer = await start_rank(address, 1)
+    try:
+        await asyncio.wait_for(engine.start(), 120)
+        engine.decode(Request("r", (3, 4, 5), GREEDY), None)
+        outputs, found = engine.outputs(), []
+        async with asyncio.timeout(60):
+            while len(found) < 5:
+                for output in (await anext(outputs)).outputs:
+                    found += output.token_ids
+        await engine.close()
+        assert await asyncio.wait_for(sharer.wait(), 60) == 0
+    finally:
+        if sharer.returncode is None:
+            sharer.kill()
+        await sharer.communicate()
         await engine.close()
 
 
