@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ from services.runtime.settings import FrontendSettings
 T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+REMEMBERED = 65_536
+"""Ids whose use is remembered: more than are used while a worker's last words are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class Beginning:
         self._texts = texts
         self._chance = chance
         self._live: set[str] = set()
+        self._uses: OrderedDict[str, int] = OrderedDict()
+        """How often ids were used of late; workers may still speak of the last time."""
         self._guides = Guides(model, settings.guide_bytes, settings.guide_seconds)
         self._tenant_regions = tenant_regions(settings.tenant_regions)
 
@@ -184,7 +191,8 @@ class Beginning:
             return await self.off_loop(block_keys, tokens, served.block_tokens, prepared.salted)
 
         caller, wishes = prepared.caller, prepared.wishes
-        job = Job(request_id, served, prompt, sampling, caller.deadline, wishes, keys_with)
+        use = self._use(request_id)
+        job = Job(request_id, served, prompt, sampling, caller.deadline, wishes, keys_with, use)
         core = Request(
             limits=self._limits(len(prompt), sampling),
             text=text or TextStream(self.model.detokenizer(), prepared.stop),
@@ -206,6 +214,14 @@ class Beginning:
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Runs work on text in one of the threads for it."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work, *args)
+
+    def _use(self, request_id: str) -> int:
+        """How many requests had this id before, as far as is remembered."""
+        use = self._uses.pop(request_id, -1) + 1
+        self._uses[request_id] = use
+        if len(self._uses) > REMEMBERED:
+            self._uses.popitem(last=False)
+        return use
 
     def _wishes(self, asked: validate.Asked, tenant: str) -> validate.Wishes:
         validate.check_priority(asked.priority)

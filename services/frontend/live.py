@@ -65,6 +65,8 @@ class Job:
     wishes: Wishes
     block_keys: Callable[[Sequence[int]], Awaitable[list[bytes]]]
     """Keys of the full blocks of the prompt and these output tokens."""
+    use: int = 0
+    """How many requests had this id before: what comes late of them is not this one's."""
 
 
 @dataclass(slots=True)
@@ -201,7 +203,7 @@ class LiveRequest:
         calls = self._calls.get(number)
         if calls is None:
             job, cluster = self._job, self._cluster
-            name = f"{job.request_id}/{number}"
+            name = f"{job.request_id}/{number}" + (f"~{job.use}" if job.use else "")
             tokens = wire.token_request(
                 name,
                 job.prompt,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from services.engine.api import Guide, Sampling
-from services.frontend.chat import Chat
+from services.frontend.chat import Chat, Turn
 from services.runtime.errors import InvalidRequestError, UnknownModelError
 
 MAX_STOPS = 16
@@ -173,7 +173,7 @@ def check_length(asked: Input, context_tokens: int, characters_per_token: int) -
         case Prompt(text):
             field, size = "prompt", len(text)
         case Chat(turns):
-            field, size = "chat.messages", sum(len(turn.content or "") for turn in turns)
+            field, size = "chat.messages", sum(map(_characters, turns))
         case Tokens(token_ids):
             if len(token_ids) >= context_tokens:
                 room_for_output(asked, len(token_ids), context_tokens)
@@ -185,6 +185,11 @@ def check_length(asked: Input, context_tokens: int, characters_per_token: int) -
             f"each token of the context window of {context_tokens}"
         )
         raise InvalidRequestError(field, f"{size} characters", allowed)
+
+
+def _characters(turn: Turn) -> int:
+    calls = sum(len(call.arguments) for call in turn.calls)
+    return len(turn.content or "") + len(turn.reasoning or "") + calls
 
 
 def check_priority(priority: int) -> None:

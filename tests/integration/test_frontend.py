@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 import pytest
@@ -72,6 +73,8 @@ class Letters:
     name = "letters"
     vocabulary = VOCABULARY
     eos_token_ids = (EOS,)
+    tokens = (b"", *(bytes([96 + t]) for t in range(1, VOCABULARY)))
+    control_tokens: ClassVar = {EOS: "<|end|>"}
 
     def __init__(self):
         self.threads: set[int] = set()

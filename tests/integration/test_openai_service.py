@@ -15,6 +15,7 @@ from services.engine.api import Guide, GuideKind
 from services.frontend.answers.families import PLAIN
 from services.frontend.answers.format import AnswerFormat
 from services.frontend.openai.choices import seed_of
+from tandem.decode.v1 import decode_pb2
 from tandem.openai.v1 import openai_pb2 as pb
 from tests.integration.openai_rig import (
     CONTEXT,
@@ -506,6 +507,23 @@ async def test_a_request_with_the_name_of_a_live_one_is_refused(world):
     assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS
     speaker.go_on()
     await first
+
+
+async def test_late_words_of_a_name_used_before_are_not_taken_for_its_own(world):
+    """A stop string ends a request here; its worker hears of that later, and may have gone on."""
+    named = [("x-request-id", "again")]
+    request = user("hi")
+    request.stop.string_value = "l"
+    assert (await world.chat(request, metadata=named)).choices[0].message.content == "he"
+    speaker = world.world.decode["d0"]
+    speaker.pause_at = 0
+    second = asyncio.ensure_future(world.chat(user("hi"), metadata=named))
+    await speaker.paused.wait()
+    late = decode_pb2.RequestOutput(request_id="again/0", token_ids=list(b"late"))
+    speaker.streams_out[-1].put_nowait(decode_pb2.DecodeResponse(outputs=[late]))
+    speaker.go_on()
+    assert (await second).choices[0].message.content == "hello"
+    assert [s.request.request_id for s in speaker.starts] == ["again/0", "again/0~1"]
 
 
 async def test_nothing_is_tokenized_of_what_can_hardly_fit(world):

@@ -32,10 +32,18 @@ def json_of(value: struct_pb2.Value) -> Json:
 
 def object_of(value: struct_pb2.Struct) -> dict[str, Json]:
     """The same of an object. Numbers that are whole become integers, as templates print them."""
-    found = {name: json_of(inner) for name, inner in value.fields.items()}
-    return {
-        name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in found.items()
-    }
+    return {name: _whole(json_of(inner)) for name, inner in value.fields.items()}
+
+
+def _whole(value: Json) -> Json:
+    match value:
+        case float():
+            return int(value) if value.is_integer() else value
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {name: _whole(inner) for name, inner in value.items()}
+    return value
 
 
 def text_of(path: str, value: Json) -> str | None:

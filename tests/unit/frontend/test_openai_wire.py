@@ -176,7 +176,7 @@ def test_a_conversation_is_read_whole():
             {"role": "tool", "content": "3", "tool_call_id": "c1"},
         ],
         tools=[TOOL],
-        chat_template_kwargs={"enable_thinking": True, "depth": 3},
+        chat_template_kwargs={"enable_thinking": True, "depth": 3, "of": [{"x": 2.5, "y": 2}]},
         reasoning_effort="none",
     )
     (given,) = asking.inputs
@@ -191,8 +191,10 @@ def test_a_conversation_is_read_whole():
         "enable_thinking": True,
         "thinking": False,
         "depth": 3,
+        "of": [{"x": 2.5, "y": 2}],
     }
     assert type(given.variables["depth"]) is int
+    assert type(given.variables["of"][0]["y"]) is int
     assert asking.choice == ToolChoice(Calling.AUTO)
 
 

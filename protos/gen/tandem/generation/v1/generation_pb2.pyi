@@ -368,7 +368,9 @@ class TokenRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Unique for each attempt: the public request id, a slash, the attempt's number."""
+    """Unique for each attempt: the public request id, a slash, the attempt's number, and where that id was
+    used before, a tilde and how often.
+    """
     tenant: _builtins.str
     """Tenant whose KV blocks this request may share; part of every block key."""
     adapter: _builtins.str
