@@ -6,8 +6,18 @@ import asyncio
 
 import grpc
 import pytest
+import pytest_asyncio
 
-from tests.e2e.world import SCRIPTED, Cluster, eventually, prompt, running
+from tests.e2e.world import SCRIPTED, STEADY, Cluster, eventually, prompt, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def scripted():
+    """One for all: each test ends with nothing held, so the next one finds none of it."""
+    async with running(2, 2, STEADY) as cluster:
+        yield cluster
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 10])

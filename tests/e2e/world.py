@@ -18,6 +18,10 @@ SCRIPTED = {
     "engine.block_tokens": "4",
     "worker.heartbeat_seconds": "0.1",
 }
+STEADY = SCRIPTED | {
+    "engine.scripted_step_seconds": "0.02",
+    "coordinator.local_prefill_tokens": "0",
+}
 
 
 async def eventually(
