@@ -23,7 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_LENGTH = 2**25
 """Characters of a rendered conversation, or of anything on the way to it; items of a list."""
-MAX_EXPONENT = 64
+MAX_BITS = 4096
+"""Of a power."""
 _ROUNDS = 16
 """That pass between two looks at the clock."""
 
@@ -100,8 +101,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Jinja asks here for the operators that are intercepted."""
-        if operator == "**" and not (isinstance(right, float) or abs(right) <= MAX_EXPONENT):
-            raise jinja2.TemplateRuntimeError(f"an exponent above {MAX_EXPONENT}")
+        whole = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and whole and left.bit_length() * right > MAX_BITS:
+            raise jinja2.TemplateRuntimeError(f"a power of more than {MAX_BITS} bits")
         if operator == "*" and (_length(left) * _times(right) + _length(right) * _times(left)) > (
             MAX_LENGTH
         ):

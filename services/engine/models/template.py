@@ -41,6 +41,23 @@ class ToolTexts:
     result: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """How a template wants turns with calls: arguments as objects, as is custom, or as text.
+
+    `empty`: the content of a turn without any.
+    """
+
+    objects: bool
+    empty: str | None
+
+    def of(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        calls = message["tool_calls"]
+        if self.objects:
+            calls = [_with_object(call) for call in calls]
+        return {**message, "content": message.get("content") or self.empty, "tool_calls": calls}
+
+
 class ChatTemplate:
     """A model's template.
 
@@ -73,14 +90,15 @@ class ChatTemplate:
             ) from error
         self.knows_tools = any("tools" in found for found in variables)
         self._knows_calls = "tool_calls" in self.source
-        self._wants_objects = self._knows_calls and self._probed()
+        self._calls = self._probed() if self._knows_calls else _Calls(objects=False, empty=None)
         self._told: dict[str, jinja2.Template] = {}
 
     def prepared(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """With calls' arguments, which are JSON text, as objects if the template takes them so."""
-        if not self._wants_objects:
-            return [dict(message) for message in messages]
-        return [_with_objects(message) for message in messages]
+        """With calls as the template takes them; their arguments come as JSON text."""
+        return [
+            self._calls.of(message) if message.get("tool_calls") else dict(message)
+            for message in messages
+        ]
 
     def render(
         self,
@@ -169,14 +187,16 @@ class ChatTemplate:
             template = self._told[source] = self._sandbox.from_string(source)
         return self._sandbox.rendered(template, given)
 
-    def _probed(self) -> bool:
-        """Whether arguments are to be objects, as is the custom: some templates want their text."""
-        for arguments in ({"key": "value"}, '{"key": "value"}'):
-            function = {"name": "name", "arguments": arguments}
-            call = {"id": "call-0001", "type": "function", "function": function}
+    def _probed(self) -> _Calls:
+        """The first way in which a call comes out whole; that which is custom, if none does."""
+        function = {"name": "name", "arguments": '{"key": "value"}'}
+        call = {"id": "call-0001", "type": "function", "function": function}
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        ways = [_Calls(objects, empty) for empty in (None, "") for objects in (True, False)]
+        for way in ways:
             messages: list[dict[str, Any]] = [
                 {"role": "user", "content": "question"},
-                {"role": "assistant", "content": None, "tool_calls": [call]},
+                way.of(turn),
                 {"role": "tool", "content": "result", "name": "name", "tool_call_id": "call-0001"},
             ]
             try:
@@ -184,8 +204,8 @@ class ChatTemplate:
             except InvalidRequestError:
                 continue
             if '"key"' in text:
-                return not isinstance(arguments, str)
-        return True
+                return way
+        return ways[0]
 
 
 def template_of(
@@ -217,13 +237,6 @@ def template_of(
     if _DEFAULT not in sources:
         raise ModelFileError(file, f"chat_template has {sorted(sources)}, expected a default")
     return ChatTemplate(sources, file, _special(config), now, seconds)
-
-
-def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
-    return {**message, "tool_calls": [_with_object(call) for call in calls]}
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
