@@ -30,7 +30,7 @@ T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-REMEMBERED = 65_536
+REMEMBERED = 16_384
 """Ids whose use is remembered: more than are used while a worker's last words are under way."""
 
 
