@@ -110,7 +110,8 @@ def run(options: QualityOptions) -> QualityReport:
 
 def _model(options: QualityOptions, ends: ExitStack) -> ModelSettings:
     if not options.shape:
-        return ModelSettings(name=options.model, path=options.path)
+        name = Path(options.path).name if options.path else options.model
+        return ModelSettings(name=name, path=options.path)
     made = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="tandem-quality-")))
     engine_shapes.write(engine_shapes.SHAPES[options.shape], made)
     return ModelSettings(name=f"deepseek-v3-{options.shape}", path=str(made))
