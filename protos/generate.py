@@ -1,5 +1,7 @@
 """Regenerates protos/gen from protos/tandem. `--check` only compares and fails on a difference.
 
+What the HTTP gateway has of the protos (deploy/gateway) is regenerated, too, where that can be done.
+
 The generator is grpcio-tools, pinned in constraints.txt to a version whose output loads under
 protobuf 6.33 and 7, so that a worker can live beside TensorRT-LLM, which needs protobuf 6.
 """
@@ -10,6 +12,7 @@ import filecmp
 import importlib.resources
 import importlib.util
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +21,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent
 GEN = ROOT / "gen"
+CANT = 3
+"""Exit status of the gateway's build where what it takes can't be had; it says why."""
 
 
 def run(*arguments: str) -> None:
@@ -85,7 +90,14 @@ def main() -> int:
             return 1 if stale else 0
         shutil.rmtree(GEN, ignore_errors=True)
         shutil.copytree(fresh, GEN)
-    return 0
+    return for_gateway()
+
+
+def for_gateway() -> int:
+    """Has the gateway's build do its part; the exit status. Without generators for Go: as it is."""
+    build = ROOT.parent / "deploy" / "gateway" / "build.py"
+    status = subprocess.run([sys.executable, build, "--generate"], check=False).returncode
+    return 0 if status == CANT else status
 
 
 if __name__ == "__main__":

@@ -578,7 +578,7 @@ type CreateChatCompletionRequest struct {
 	Stream *bool `protobuf:"varint,6,opt,name=stream,proto3,oneof" json:"stream,omitempty"`
 	// With stream.
 	StreamOptions *StreamOptions `protobuf:"bytes,7,opt,name=stream_options,json=streamOptions,proto3" json:"stream_options,omitempty"`
-	// A string, or an array of up to 4: the answer ends before the first of them.
+	// A string, or an array of up to 16, each 1 to 256 characters: the answer ends before the first of them.
 	Stop *structpb.Value `protobuf:"bytes,8,opt,name=stop,proto3" json:"stop,omitempty"`
 	// Most tokens to generate; older name of max_completion_tokens.
 	MaxTokens *uint32 `protobuf:"varint,9,opt,name=max_tokens,json=maxTokens,proto3,oneof" json:"max_tokens,omitempty"`
@@ -606,7 +606,7 @@ type CreateChatCompletionRequest struct {
 	ParallelToolCalls *bool `protobuf:"varint,20,opt,name=parallel_tool_calls,json=parallelToolCalls,proto3,oneof" json:"parallel_tool_calls,omitempty"`
 	// The user that the client asks for: requests with the same one are kept together where that costs nothing.
 	User *string `protobuf:"bytes,21,opt,name=user,proto3,oneof" json:"user,omitempty"`
-	// "auto", "default", "flex" (served when nothing else waits) or "priority".
+	// "auto", "default", "flex" (priority -50) or "priority" (50); a priority that is given goes before it.
 	ServiceTier *string `protobuf:"bytes,22,opt,name=service_tier,json=serviceTier,proto3,oneof" json:"service_tier,omitempty"`
 	// Up to 16 pairs, for the client's own use; checked and not kept.
 	Metadata map[string]string `protobuf:"bytes,23,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -626,7 +626,7 @@ type CreateChatCompletionRequest struct {
 	StopTokenIds []uint32 `protobuf:"varint,104,rep,packed,name=stop_token_ids,json=stopTokenIds,proto3" json:"stop_token_ids,omitempty"`
 	// Go on past the end-of-sequence token.
 	IgnoreEos *bool `protobuf:"varint,105,opt,name=ignore_eos,json=ignoreEos,proto3,oneof" json:"ignore_eos,omitempty"`
-	// Higher ones are served first, -100 to 100.
+	// Higher ones are served first, -100 to 100. Default: the service tier's.
 	Priority *int32 `protobuf:"varint,106,opt,name=priority,proto3,oneof" json:"priority,omitempty"`
 	// Variables for the chat template, such as {"enable_thinking": false}.
 	ChatTemplateKwargs *structpb.Struct `protobuf:"bytes,107,opt,name=chat_template_kwargs,json=chatTemplateKwargs,proto3" json:"chat_template_kwargs,omitempty"`
@@ -1080,7 +1080,7 @@ func (x *TokenLogprob) GetTopLogprobs() []*TopLogprob {
 // Log-probabilities of a choice, or of a piece of it.
 type ChatLogprobs struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// One for each token.
+	// One for each token, those of thoughts and calls too, but for one that ends the answer.
 	Content       []*TokenLogprob `protobuf:"bytes,1,rep,name=content,proto3" json:"content,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1872,11 +1872,11 @@ type CreateCompletionRequest struct {
 	Stream *bool `protobuf:"varint,7,opt,name=stream,proto3,oneof" json:"stream,omitempty"`
 	// With stream.
 	StreamOptions *StreamOptions `protobuf:"bytes,8,opt,name=stream_options,json=streamOptions,proto3" json:"stream_options,omitempty"`
-	// Log-probabilities of the tokens, and of this many most probable ones, 0 to 5.
+	// Log-probabilities of the tokens, and of this many most probable ones, 0 to 5; not with echo.
 	Logprobs *uint32 `protobuf:"varint,9,opt,name=logprobs,proto3,oneof" json:"logprobs,omitempty"`
 	// The prompt's text before the continuation's.
 	Echo *bool `protobuf:"varint,10,opt,name=echo,proto3,oneof" json:"echo,omitempty"`
-	// A string, or an array of up to 4.
+	// A string, or an array of up to 16, as in a chat.
 	Stop *structpb.Value `protobuf:"bytes,11,opt,name=stop,proto3" json:"stop,omitempty"`
 	// -2 to 2. Default 0.
 	PresencePenalty *float64 `protobuf:"fixed64,12,opt,name=presence_penalty,json=presencePenalty,proto3,oneof" json:"presence_penalty,omitempty"`
@@ -2181,7 +2181,7 @@ func (x *CreateCompletionRequest) GetItlSeconds() float64 {
 // Log-probabilities of a continuation; lists are of one length.
 type CompletionLogprobs struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Text of each token.
+	// Text of each token; "bytes:\xe2\x80" for bytes that are no text by themselves.
 	Tokens []string `protobuf:"bytes,1,rep,name=tokens,proto3" json:"tokens,omitempty"`
 	// Natural logarithms.
 	TokenLogprobs []float64 `protobuf:"fixed64,2,rep,packed,name=token_logprobs,json=tokenLogprobs,proto3" json:"token_logprobs,omitempty"`
