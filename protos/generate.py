@@ -1,6 +1,6 @@
 """Regenerates protos/gen from protos/tandem. `--check` only compares and fails on a difference.
 
-What the HTTP gateway has of the protos (deploy/gateway) is regenerated, too, where that can be done.
+What the HTTP gateway (deploy/gateway) has of them is regenerated, too, where that can be done.
 
 The generator is grpcio-tools, pinned in constraints.txt to a version whose output loads under
 protobuf 6.33 and 7, so that a worker can live beside TensorRT-LLM, which needs protobuf 6.
