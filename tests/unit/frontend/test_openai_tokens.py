@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.api import TokenLogprob
@@ -30,6 +30,7 @@ def test_tokens_that_spell_nothing_have_names_or_none():
     assert SPELLING.chat([TokenLogprob(EOS, -1.0)]).content[0].token == "<|end|>"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12))
 def test_offsets_are_where_tokens_begin(text):
     said = Offsets(SPELLING).completion([TokenLogprob(b, -1.0) for b in text.encode()])
@@ -39,6 +40,7 @@ def test_offsets_are_where_tokens_begin(text):
         assert offset == len(before)
 
 
+@settings(deadline=None)
 @given(
     st.text("ab[]{}()é", max_size=30), st.lists(st.integers(1, 4)), st.sampled_from(["", "b", "a)"])
 )
