@@ -102,17 +102,18 @@ def start_of(reached: Mapping[str, Reached], began: float, first_token: float) -
 
 def show(report: StartReport, console: Console) -> None:
     """Prints seconds by phase: the first start, the next ones, those that fetched files."""
+    first, usual = report.starts[0], report.usual
     table = Table(
-        title=f"{report.model}, {report.threads} threads: from exec to first token (medians)",
+        title=f"{report.model}, {report.threads} threads: seconds from exec to first token, "
+        f"medians of {len(usual)}",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("phase", no_wrap=True)
-    first, usual = report.starts[0], report.usual
-    columns = {"first, s": (first,), f"next {len(usual)}, s": usual}
+    columns = {"first": (first,), "next": usual}
     if report.fetched:
-        columns[f"fetched, {len(report.fetched)}, s"] = report.fetched
+        columns["fetched"] = report.fetched
     for column in columns:
         table.add_column(column, justify="right")
         table.add_column("CPU", justify="right")
