@@ -13,6 +13,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PATIENCE = 20.0
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "protos" / "gen")]),
+    # UCX tells of peers that died on standard output, which is for answers here.
+    "UCX_LOG_FILE": "/dev/stderr",
+}
 
 
 class RemoteSource:
@@ -22,19 +28,12 @@ class RemoteSource:
 
     def __init__(self, *, env: dict[str, str] | None = None, **options) -> None:
         self.options = options
-        paths = [str(ROOT), str(ROOT / "protos" / "gen")]
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / self.script), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # UCX tells of peers that died on standard output, which is for answers here.
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "UCX_LOG_FILE": "/dev/stderr",
-                **(env or {}),
-            },
+            env={**ENVIRONMENT, **(env or {})},
         )
         self.address = self._answer()["address"]
 
@@ -52,6 +51,18 @@ class RemoteSource:
     async def idle(self) -> None:
         """Returns once the source holds nothing for anybody; its books were checked."""
         await self.do("settle", held=0, leases=0, watches=0)
+
+    async def fetched_often(self, transport: str, keys: list[bytes], **counts: int) -> dict:
+        """What a sink in another process has left of fetching these often; see kv_often.py."""
+        asked = {"transport": transport, "address": self.address, "keys": [k.hex() for k in keys]}
+        sink = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(HERE / "kv_often.py"), json.dumps(asked | counts)),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+        )
+        said, _ = await sink.communicate()
+        assert sink.returncode == 0
+        return json.loads(said)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
