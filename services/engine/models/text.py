@@ -88,7 +88,7 @@ class Tokenizer:
         wants one. Text of others belongs in encode_chat().
         """
         _valid("prompt", text)
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        return _ids(self._tokenizer, [text], special)[0]
 
     def encode_chat(
         self,
@@ -146,7 +146,7 @@ class Tokenizer:
             said = nested.replaced(said, lambda _: next(stand_ins))
         rendered = template.render(said[0], said[1], said[2], continues, told)
         if not originals:
-            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+            return _ids(self._tokenizer, [rendered])[0]
         return self._encode_apart(rendered, originals)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -156,23 +156,19 @@ class Tokenizer:
 
     def _encode_apart(self, rendered: str, originals: Mapping[int, str]) -> list[int]:
         """Encodes the template's control tokens, and what is between them as plain text."""
-        ids: list[int] = []
+        control: list[int] = []
+        between: list[str] = []
         at, strip = 0, False
         for found in self._control_tokens.find(rendered):
             token_id, token = self._control[found.token]
-            between = rendered[at : found.start]
-            ids += self._encode_plain(between, originals, strip, token.lstrip)
-            ids.append(token_id)
+            between.append(_stripped(rendered[at : found.start], strip, token.lstrip))
+            control.append(token_id)
             at, strip = found.end, token.rstrip
-        return ids + self._encode_plain(rendered[at:], originals, strip, False)
-
-    def _encode_plain(
-        self, text: str, originals: Mapping[int, str], left: bool, right: bool
-    ) -> list[int]:
-        """left, right: the neighbouring control token takes the white space on that side."""
-        text = text.lstrip() if left else text
-        text = text.rstrip() if right else text
-        return self._plain.encode(text.translate(originals), add_special_tokens=False).ids
+        between.append(_stripped(rendered[at:], strip, False))
+        first, *rest = _ids(self._plain, [text.translate(originals) for text in between])
+        for token_id, ids in zip(control, rest, strict=True):
+            first += [token_id, *ids]
+        return first
 
 
 class Detokenizer:
@@ -218,6 +214,19 @@ class Detokenizer:
                 text = text[1:]
                 self._strip -= 1
         return text
+
+
+def _ids(
+    tokenizer: tokenizers.Tokenizer, texts: list[str], special: bool = False
+) -> list[list[int]]:
+    """Of each text. A batch even of one: encode() does not let go of the interpreter lock."""
+    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+
+
+def _stripped(text: str, left: bool, right: bool) -> str:
+    """left, right: the neighbouring control token takes the white space on that side."""
+    text = text.lstrip() if left else text
+    return text.rstrip() if right else text
 
 
 def _without(

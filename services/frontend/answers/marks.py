@@ -10,6 +10,7 @@ reads the text has one character to look for either way, and can tell the two ap
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections.abc import Mapping
 
@@ -62,16 +63,26 @@ class Marks:
         return text.translate(self._texts) if _MARK.search(text) else text
 
 
+@functools.cache
+def _spelling(
+    markers: tuple[tuple[Marker, str], ...],
+) -> tuple[dict[str, str], re.Pattern[str], frozenset[str], tuple[str, ...]]:
+    """The mark of each text, all of them as one expression, their beginnings, their first letters.
+
+    Of a few sets of markers, those of each format.
+    """
+    marks = {text: marker.spelled for marker, text in markers}
+    whole = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+    prefixes = frozenset(text[:i] for text in marks for i in range(1, len(text)))
+    return marks, whole, prefixes, tuple(sorted({text[0] for text in marks}))
+
+
 class Speller:
     """Puts marks in the place of markers that are spelled; none is the beginning of another."""
 
     def __init__(self, markers: Mapping[Marker, str]) -> None:
-        self._marks = {text: marker.spelled for marker, text in markers.items()}
-        texts = self._marks
-        self._whole = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self._prefixes = frozenset(text[:i] for text in texts for i in range(1, len(text)))
-        self._firsts = sorted({text[0] for text in texts})
-        self._longest = max(map(len, texts), default=0)
+        self._marks, self._whole, self._prefixes, self._firsts = _spelling(tuple(markers.items()))
+        self._longest = max(map(len, self._marks), default=0)
         self._held = ""
 
     def push(self, text: str) -> str:

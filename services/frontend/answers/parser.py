@@ -54,7 +54,9 @@ class AnswerParser:
         self._family = family
         self._names = names
         self._marks = Marks(family.markers)
-        self._speller = Speller({m: family.markers[m] for m in spelled}) if spelled else None
+        self._speller = (
+            Speller({m: family.markers[m] for m in sorted(spelled)}) if spelled else None
+        )
         self._tail = re.compile(family.tail)
         self._may_think = thinks
         self._ends_thought = _OR_CALLS if names and family.in_thought else _ENDS_THOUGHT
