@@ -173,14 +173,8 @@ class EngineSettings(_Section):
     rank_silence_seconds: float = Field(
         20.0,
         ge=3,
-        description="With engine.ranks: a rank that has said nothing for so long is lost, and the "
-        "group with it. One that lives says something every second.",
-    )
-    rank_silence_seconds: float = Field(
-        20.0,
-        ge=3,
-        description="With engine.ranks: a rank that has said nothing for so long is lost, and the "
-        "group with it. One that lives says something every second.",
+        description="With engine.ranks or tensor_parallel: a rank that has said nothing for so "
+        "long is lost, and the worker with it. One that lives says something every second.",
     )
     draft_tokens: int = Field(
         1,
