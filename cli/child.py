@@ -118,8 +118,10 @@ class Child:
         """
         try:
             if grace_seconds > 0:
+                # A stopped process could not take the other one. Nothing is sent after that: to send
+                # looks whether the process is there, and if it has just ended, takes its status.
+                self.kill(signal.SIGCONT)
                 self.kill(signal.SIGTERM)
-                self.kill(signal.SIGCONT)  # a stopped process could not take the other one
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_seconds):
                         return await self._process.wait()
