@@ -56,7 +56,7 @@ async def test_cancel_while_the_prompt_is_computed_and_blocks_move():
         "coordinator.local_prefill_tokens": "0",
     }
     async with running(1, 1, settings) as cluster:
-        call = cluster.stream(prompt(*range(10, 410), max_tokens=5))
+        call = cluster.stream(prompt(*range(10, 1610), max_tokens=5))
 
         async def leased() -> bool:
             workers = (await cluster.status()).workers

@@ -45,7 +45,7 @@ async def test_a_refused_and_a_queued_request_say_why():
     async with running(1, 1, SETTINGS) as cluster:
         # Two run, one is prepared to join them, one waits in the queue.
         running_ones = [
-            asyncio.create_task(cluster.ask(ask(f"runs-{n}", max_tokens=150, ignore_eos=True)))
+            asyncio.create_task(cluster.ask(ask(f"runs-{n}", max_tokens=1500, ignore_eos=True)))
             for n in range(3)
         ]
 
@@ -105,8 +105,8 @@ async def test_a_placed_again_request_shows_both_attempts():
                 lost.append(await cluster.busy("decode"))
                 cluster.local.kill(lost[0], signal.SIGKILL)
 
-        answer = await cluster.ask(ask("moved", max_tokens=40, ignore_eos=True), kill_once)
-        assert len(answer.tokens) == 40
+        answer = await cluster.ask(ask("moved", max_tokens=150, ignore_eos=True), kill_once)
+        assert len(answer.tokens) == 150
 
         async def told():
             _, out, _ = await explain(cluster, "moved", "--json")

@@ -23,9 +23,9 @@ SAMPLED = {
     "seed": 7,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.3,
-    "min_tokens": 90,
+    "min_tokens": 140,
     "logprobs": 3,
-    "max_tokens": 100,
+    "max_tokens": 150,
 }
 
 
@@ -86,8 +86,8 @@ async def test_a_decode_worker_stopped_in_mid_stream():
 
 
 async def test_a_prefill_worker_stopped_while_it_computes():
-    # 50 steps: a second.
-    request = prompt(*range(10, 810), max_tokens=10, seed=3, ignore_eos=True)
+    # 100 steps: two seconds, for it to say that it has a prompt.
+    request = prompt(*range(10, 1610), max_tokens=10, seed=3, ignore_eos=True)
     async with running(2, 1, SETTINGS) as cluster:
         began = time.monotonic()
         answering = asyncio.create_task(cluster.ask(request))
