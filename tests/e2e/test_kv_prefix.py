@@ -17,7 +17,8 @@ from tandem.prefill.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.e2e.world import SCRIPTED, Cluster, prompt, running
 
 SETTINGS = SCRIPTED | {
-    "engine.scripted_step_seconds": "0.01",
+    # Slow, so that fetching is quicker than computing on a busy machine, too.
+    "engine.scripted_step_seconds": "0.03",
     "engine.chunk_tokens": "16",
     "engine.kv_blocks": "400",
     "coordinator.local_prefill_tokens": "0",

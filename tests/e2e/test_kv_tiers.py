@@ -10,6 +10,9 @@ SETTINGS = SCRIPTED | {
     "coordinator.local_prefill_tokens": "0",
     "engine.kv_blocks": "64",
     "kv.host_tier_mib": "8",
+    # 190 tokens take 0.6 s to compute: what the tier may take to bring them back.
+    "engine.scripted_step_seconds": "0.05",
+    "engine.chunk_tokens": "16",
 }
 
 
