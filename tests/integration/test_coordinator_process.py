@@ -22,6 +22,9 @@ from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
 READY_SECONDS = 60.0
 BLOCK = 4
+SOON = 30.0
+"""Seconds that a busy machine is given for what takes a moment; leases that must not matter are
+twice as long."""
 
 
 class Processes:
@@ -68,14 +71,12 @@ class Processes:
         """What the coordinator says; waits until it is there."""
         return await self.stub(coordinator).GetStatus(pb.GetStatusRequest(), wait_for_ready=True)
 
-    async def until(self, coordinator, so, seconds=20.0):
-        """Asks for the status until it is as wanted; returns it and how long that took."""
-        clock = asyncio.get_running_loop().time
-        start = clock()
+    async def until(self, coordinator, so, seconds=SOON):
+        """Asks for the status until it is as wanted; returns it."""
         async with asyncio.timeout(seconds):
             while not so(status := await self.status(coordinator)):
                 pass
-        return status, clock() - start
+        return status
 
     async def close(self):
         await self.channels.close()
@@ -101,17 +102,16 @@ def both(status):
 
 
 async def test_workers_come_back_to_a_coordinator_that_was_killed(processes):
-    coordinator = await processes.coordinator(lease=5)
+    coordinator = await processes.coordinator(lease=60)
     await asyncio.gather(*(processes.worker(r, coordinator) for r in ("prefill", "decode")))
-    before, _ = await processes.until(coordinator, both)
-    coordinator = await processes.restart(coordinator, lease=5)
+    before = await processes.until(coordinator, both)
+    coordinator = await processes.restart(coordinator, lease=60)
     # Asked at once: the new coordinator knows nobody yet, and the request waits for them.
     request = pb.PlaceRequest(request_id="r", context_tokens=100)
-    place = processes.stub(coordinator).Place(request, timeout=20, wait_for_ready=True)
-    after, seconds = await processes.until(coordinator, both)
+    place = processes.stub(coordinator).Place(request, timeout=SOON, wait_for_ready=True)
+    after = await processes.until(coordinator, both)
     assert after.coordinator_id != before.coordinator_id
     assert {w.info.worker_id for w in after.workers} == {w.info.worker_id for w in before.workers}
-    assert seconds < 5
     answer = await place
     assert answer.decode.worker_id.startswith("decode-")
 
@@ -123,16 +123,17 @@ async def test_a_killed_worker_is_dropped_long_before_its_lease_ends(processes):
     )
     await processes.until(coordinator, both)
     decode.kill(signal.SIGKILL)
-    _, seconds = await processes.until(coordinator, lambda s: names(s) == ["prefill"])
-    assert seconds < 5
+    await processes.until(coordinator, lambda s: names(s) == ["prefill"])
 
 
 async def test_a_stopped_worker_is_dropped_when_its_lease_ends_and_comes_back(processes):
-    coordinator = await processes.coordinator(lease=1)
+    coordinator = await processes.coordinator(lease=3)
     decode = await processes.worker("decode", coordinator)
+    clock = asyncio.get_running_loop().time
+    start = clock()
     decode.kill(signal.SIGSTOP)
-    _, seconds = await processes.until(coordinator, lambda s: not s.workers)
-    assert seconds > 0.4, "a heartbeat had just come, and the lease is a second"
+    await processes.until(coordinator, lambda s: not s.workers)
+    assert clock() - start > 1.0, "a heartbeat had just come, and the lease is three seconds"
     decode.kill(signal.SIGCONT)
     await processes.until(coordinator, lambda s: names(s) == ["decode"])
 
@@ -141,8 +142,7 @@ async def test_a_worker_that_ends_in_peace_is_gone_at_once(processes):
     coordinator = await processes.coordinator(lease=60)
     decode = await processes.worker("decode", coordinator)
     assert await decode.end(20) == 0
-    _, seconds = await processes.until(coordinator, lambda s: not s.workers)
-    assert seconds < 2
+    await processes.until(coordinator, lambda s: not s.workers)
 
 
 async def test_a_coordinator_ends_in_peace_with_workers_registered(processes):
@@ -237,5 +237,5 @@ async def test_a_coordinator_that_does_not_answer_is_taken_for_gone(processes):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(worker.registered.wait(), 1.0)
         coordinator.kill(signal.SIGCONT)
-        await asyncio.wait_for(worker.registered.wait(), 10.0)
+        await asyncio.wait_for(worker.registered.wait(), SOON)
         await processes.until(coordinator, lambda s: len(s.workers) == 1)
