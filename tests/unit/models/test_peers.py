@@ -11,15 +11,21 @@ import os
 
 import pytest
 
+from cli.peers import fetch_from
 from kvtransfer.weights.describing import Digests
 from kvtransfer.weights.driving import Means
 from kvtransfer.weights.source import Given, WeightsSource
-from services.engine.models import cache, peers
-from services.engine.models.errors import ModelFetchError, ModelNotFoundError, ModelSpaceError
+from services.engine.models import cache, inventory, peers
+from services.engine.models.errors import (
+    ModelFetchError,
+    ModelFileError,
+    ModelNotFoundError,
+    ModelSpaceError,
+)
 from services.engine.models.folder import resolve
 from services.runtime.load import SettingsError
 from services.runtime.server import Server
-from services.runtime.settings import ModelSettings, ServerSettings
+from services.runtime.settings import ModelSettings, ServerSettings, WorkerProcess
 from tandem.weights.v1 import weights_pb2_grpc
 
 HEADER = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -108,6 +114,22 @@ async def test_two_at_once_fetch_it_once(folder, tmp_path):
             results = await asyncio.gather(*both)
             assert source.given_bytes == sum(p.stat().st_size for p in folder.iterdir())
     assert sum(r is None for r in results) == 1
+
+
+async def test_by_command_it_is_listed_and_checked(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    models, stages = tmp_path / "tandem" / "models", set()
+    settings = WorkerProcess(model=ModelSettings(name="org/model"))
+    async with giving(folder) as (address, _):
+        brought = await asyncio.to_thread(
+            fetch_from, [address], settings, lambda progress: stages.add(progress.stage)
+        )
+    assert "download" in stages
+    (entry,) = (e for e in inventory.entries(models) if e.name == "org/model")
+    assert (entry.folder, entry.origin) == (brought.place, "fetched from workers")
+    os.truncate(brought.place / "model.safetensors", 5)
+    with pytest.raises(ModelFileError, match="is not what was fetched"):
+        inventory.check(entry)
 
 
 async def test_a_file_is_no_place_for_a_folder(tmp_path):
