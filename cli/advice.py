@@ -9,6 +9,8 @@ ADVICE = {
     "UNKNOWN_MODEL": "Ask for a model that is served: `tandem status`, or ListModels, names them.",
     "UNKNOWN_ADAPTER": "Ask for one that the message names, or load it: `tandem adapters load`.",
     "ADAPTER_NOT_LOADED": "Nothing: the request is placed again.",
+    "ADAPTER_FAILED": "Ask without the adapter, and have who trained it look at its weights: they "
+    "take the model beyond what numbers can hold.",
     "ADAPTER_LIMIT": "Unload another adapter (`tandem adapters unload`), or raise the setting that "
     "the message names.",
     "UNSUPPORTED_ADAPTER": "The message names the file and key; docs/models.md says which LoRA "

@@ -5,9 +5,12 @@ from __future__ import annotations
 from services.runtime.errors import NoWorkersError, TandemError, by_reason
 
 FINAL = frozenset(
-    {"INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "UNKNOWN_ADAPTER", "DEADLINE"}
+    {
+        *("INVALID_REQUEST", "DUPLICATE_REQUEST", "UNKNOWN_MODEL", "UNKNOWN_ADAPTER", "DEADLINE"),
+        *("GUIDE_FAILED", "ADAPTER_FAILED"),
+    }
 )
-"""Another worker would say the same."""
+"""Another worker would say the same: it is the request, and says nothing of who ran it."""
 
 FULL = frozenset({"ENGINE_OVERLOADED", "ROLE_CHANGED"})
 """The worker is well, and will do once it has room, or for the other half of the work: the

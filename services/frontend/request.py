@@ -276,7 +276,8 @@ class Request:
         commands = self._leave(course)
         # A worker whose engine is dead says so itself, before its stream ends.
         lost = event.unreachable or (event.ended and reason == WorkerLostError.reason)
-        commands.append(course.report(guilty.worker_id, reason, lost))
+        blamed = "" if is_final(event.error) and not lost else guilty.worker_id
+        commands.append(course.report(blamed, reason, lost))
         if course is self.successor:
             return commands + self._no_successor(now)
         return commands + self._carry_on(event.error, now)

@@ -166,6 +166,13 @@ class AdapterNotLoadedError(RetryableError):
     code = "UNAVAILABLE"
 
 
+class AdapterFailedError(TandemError):
+    """With this LoRA adapter the model gave no number to choose a token by."""
+
+    reason = "ADAPTER_FAILED"
+    code = "FAILED_PRECONDITION"
+
+
 class EngineFailedError(RetryableError):
     """The engine broke while it ran the request."""
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 
 from services.engine.api import FirstTokens, Hold, Request
@@ -119,6 +120,23 @@ async def test_kv_of_an_adapter_is_handed_over(new):
         assert report.blocks == 6
     await source.settled()
     await sink.settled()
+
+
+async def test_weights_that_give_no_number_are_blamed_on_the_adapter(new):
+    worker = await new()
+    stepper = worker.engine._stepper
+    model, ids = stepper._model, adapters(worker)
+
+    def absurd(batch, after_layers, layers_per_piece):
+        return np.full_like(model.forward(batch, after_layers, layers_per_piece), np.nan)
+
+    stepper._model = type("Absurd", (), {"forward": staticmethod(absurd)})()
+    for adapter, reason in ((ids["a"], "ADAPTER_FAILED"), ("", "ENGINE_FAILED")):
+        worker.engine.decode(Request(reason, prompt(9), GREEDY, adapter=adapter), None)
+        assert (await worker.ended(reason))[-1].error.reason == reason
+    stepper._model = model
+    assert await generate(worker, "good", prompt(9), GREEDY, ids["a"])
+    await worker.settled()
 
 
 async def test_weights_stay_for_those_that_have_them(new, root):

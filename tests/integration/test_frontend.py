@@ -702,12 +702,25 @@ async def test_attempts_are_bounded(world):
     await world.settled()
 
 
-async def test_what_a_worker_finds_invalid_is_the_clients_fault(world):
-    world.decode["d0"].refusal = ("INVALID_REQUEST", "context: 9 is not allowed")
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("INVALID_REQUEST", grpc.StatusCode.INVALID_ARGUMENT),
+        ("GUIDE_FAILED", grpc.StatusCode.INVALID_ARGUMENT),
+        ("ADAPTER_FAILED", grpc.StatusCode.FAILED_PRECONDITION),
+    ],
+)
+async def test_what_is_the_requests_own_is_said_at_once_and_blames_no_worker(world, reason, code):
+    await world.add_decode("d1")
+    world.decode["d0"].refusal = (reason, "as the worker puts it")
     error = await failure(world.whole(ask()))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.code() is code
+    assert error.details() == "as the worker puts it"
+    assert from_rpc(error).reason == reason
     assert len(world.coordinator.places) == 1
     await world.settled()
+    (report,) = world.coordinator.reports
+    assert (report.failed_worker, report.failure) == ("", reason)
 
 
 async def test_a_first_token_that_ends_the_request_cancels_decode(world):

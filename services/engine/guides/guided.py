@@ -29,6 +29,8 @@ grammar can take any."""
 PROBLEM_CHARACTERS = 400
 """Of what the library says, which may repeat the whole guide."""
 
+_INSIDE = re.compile(r"^<.*", re.MULTILINE | re.DOTALL)
+"""What the library says of its own state, behind what is wrong."""
 _QUOTED = re.compile(r"\s*(\d+ \||\^+\s*$)")
 
 # The library's defaults, but for memory: a state takes 1 to 2 kB.
@@ -156,7 +158,8 @@ class Guided:
         new = self._tokens[self._consumed :]
         if new and not self._broken:
             if self._matcher.try_consume_tokens(new) < len(new):
-                self._broken = self._matcher.get_error() or "the output does not have the form"
+                words = _words(self._matcher.get_error())
+                self._broken = words or "the output does not have the form"
             self._consumed = len(self._tokens)
         return self._broken
 
@@ -167,10 +170,11 @@ class Guided:
             return ""
         if "NoExtension" in self._matcher.get_error():
             return "no text of the form goes on from here"
-        return f"the grammar is too complex to follow here: {self._matcher.get_error()}"
+        return f"the grammar is too complex to follow here: {_words(self._matcher.get_error())}"
 
 
 def _words(problem: str) -> str:
     """What the library says, on one line, without the grammar that it quotes."""
-    lines = (line for line in problem.splitlines() if not _QUOTED.match(line))
+    told = _INSIDE.sub("", problem).splitlines()
+    lines = (line for line in told if not _QUOTED.match(line))
     return " ".join(" ".join(lines).split())[:PROBLEM_CHARACTERS]

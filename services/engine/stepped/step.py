@@ -52,6 +52,7 @@ from services.engine.stepped.sampler import (
 )
 from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
 from services.engine.stepped.sequence import Limits, Role, Sequence
+from services.runtime.errors import AdapterFailedError
 from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,14 @@ log = logging.getLogger(__name__)
 
 _DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
 
-_NO_NUMBER = EngineFault("ENGINE_FAILED", "the model gave no number to choose a token by")
+
+def _no_number(adapter: str) -> EngineFault:
+    """An adapter's weights may do that wherever they are used; without one it is this engine."""
+    words = "the model gave no number to choose a token by"
+    if not adapter:
+        return EngineFault("ENGINE_FAILED", words)
+    words = f"with the adapter {adapter} {words}"
+    return EngineFault(AdapterFailedError.reason, words, {"adapter": adapter})
 
 
 @dataclass(slots=True)
@@ -480,7 +488,7 @@ class Stepper:
             # It may have been at a draft.
             self._masks.begin({sequence.serial: guided.masks}).result()
         if guided is None or guided.failure is None:
-            return _NO_NUMBER
+            return _no_number(sequence.request.adapter)
         failure = guided.failure
         return EngineFault(failure.reason, failure.message, failure.metadata)
 

@@ -134,6 +134,17 @@ class TestWorkers:
         cluster.beat("decode-0", running=10)
         assert ticket not in cluster.answers
 
+    @pytest.mark.parametrize("reason", ["GUIDE_FAILED", "ADAPTER_FAILED", "INVALID_REQUEST"])
+    def test_what_a_client_can_cause_says_nothing_of_a_worker(self, cluster, reason):
+        cluster.worker("decode-0")
+        cluster.worker("decode-1")
+        for _ in range(50):
+            cluster.now += 1.0
+            for name in ("decode-0", "decode-1"):
+                cluster.beat(name)
+                cluster.do(m.AttemptEnded("r", 0, name, reason))
+        assert not any(w.avoided for w in cluster.core.members)
+
     def test_a_worker_that_refused_is_full_until_it_reports(self, cluster):
         cluster.worker("decode-0")
         cluster.worker("decode-1", stats=m.WorkerStats(running=5, free_blocks=512))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from services.engine.api import FinishReason, KvPrefix, KvReport
 from services.frontend import events as e
 from services.frontend.attempt import State
-from services.frontend.faults import REFUSALS
+from services.frontend.faults import FINAL, REFUSALS
 from services.frontend.output import Limits
 from services.frontend.patience import Owed
 from services.frontend.request import Request
@@ -288,12 +288,13 @@ def test_no_worker_left_says_what_became_of_the_last_one():
     assert fail.error.metadata == {"role": "decode"}
 
 
-@pytest.mark.parametrize("reason", ["INVALID_REQUEST", "DUPLICATE_REQUEST", "DEADLINE"])
-def test_what_every_worker_would_say_is_not_tried_again(reason):
+@pytest.mark.parametrize("reason", sorted(FINAL))
+def test_what_every_worker_would_say_is_not_tried_again_and_is_nobodys_failure(reason):
     core = start()
     core.handle(e.Placed(0, placement("")), 1.0)
-    *_, fail = core.handle(lost(0, reason=reason), 2.0)
-    assert fail.error.reason == reason
+    error = by_reason(reason, "as it is", {})
+    failed = e.WorkerFailed(0, e.Role.DECODE, error, ended=True)
+    assert core.handle(failed, 2.0) == [e.Report(0, "", reason, False), e.Fail(error)]
 
 
 def test_a_worker_that_speaks_out_of_turn_is_replaced_before_its_tokens_count():

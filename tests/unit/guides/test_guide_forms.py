@@ -9,8 +9,10 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance._lib import LLParserLimits
 
 from services.engine.api import Guide, GuideKind
+from services.engine.guides import guided as module
 from services.engine.guides.guided import Guided
 from services.runtime.errors import GuideFailedError
 from tests.unit.guides.guide_world import (
@@ -254,6 +256,16 @@ def test_a_dead_end_behind_a_draft_harms_only_who_goes_there():
     assert set(ids_of("ao")) <= set(allowed(guided.masks()[0]))
     guided.accept(ids_of("ok"))
     assert set(allowed(guided.masks()[0])) == set(EOS)
+
+
+def test_what_the_library_says_of_a_grammar_beyond_it_is_one_line_for_a_person(monkeypatch):
+    monkeypatch.setattr(module, "_LIMITS", LLParserLimits(step_max_items=30))
+    grammar = 'start: "b" x*\nx: y{1,500}\ny: "a" | "a" "a" | x'
+    guided = Guided(VOCABULARY, Guide(GuideKind.GRAMMAR, (grammar,)))
+    guided.accept(ids_of("b"))
+    guided.masks()
+    assert "too complex to follow here: parser error: Too many items" in guided.failure.message
+    assert not set("\n<>") & set(guided.failure.message)
 
 
 def test_output_that_does_not_have_the_form_is_told():
