@@ -33,7 +33,7 @@ from tests.contract.guide_models import scripted_folder
 from tests.contract.test_engine import Worker, hand_off, prompt
 from tests.unit.guides.guide_world import check, schema, schemas
 
-AT_ONCE = 24
+AT_ONCE = 8
 MAX_TOKENS = 1000
 """More than a document of a bounded schema has, with all the white space that it may."""
 TEMPERATURES = (0.0, 0.7, 1.0)

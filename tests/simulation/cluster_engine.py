@@ -77,7 +77,8 @@ class SimStepper(Stepper):
             assert pool.references(block) > 0, f"block {block} is in use and not held"
             assert pool.key(block) == key, f"block {block} holds the KV of something else"
 
-    def _draft(self, sequence, drafts, _logits):
+    def _draft(self, sequence, _looks, _logits):
+        drafts = sequence.drafts
         seed, at = sequence.request.sampling.seed, len(sequence.tokens) + len(drafts)
         token = token_after(seed, at, (*sequence.tokens[-1:], *drafts)[-1])
         return token if token % 4 else token + 1
