@@ -118,8 +118,8 @@ class Child:
         """
         try:
             if grace_seconds > 0:
-                # A stopped process could not take the other one. Nothing is sent after that: to send
-                # looks whether the process is there, and if it has just ended, takes its status.
+                # A stopped process could not take the other one. Nothing is sent after that: sending
+                # looks whether the process is there, and takes its status if it has just ended.
                 self.kill(signal.SIGCONT)
                 self.kill(signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
