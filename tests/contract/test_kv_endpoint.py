@@ -66,7 +66,7 @@ async def test_layer_by_layer_while_it_is_computed(source, sink):
         for layer in range(0, LAYERS, 2):
             assert len(arrived) == 2 * chunk
             await source.do("write", keys=part, first=layer, layers=2)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(arrived) < 2 * chunk + 2:
                 news.clear()
                 await news.wait()
@@ -265,7 +265,7 @@ async def half_fetched(source: RemoteSource, sink: Sink, **options):
             source.address, lease, keys, blocks, on_progress=lambda _: arrived.set(), **options
         )
     )
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await arrived.wait()
     return fetch, keys, lease, blocks
 
@@ -273,7 +273,7 @@ async def half_fetched(source: RemoteSource, sink: Sink, **options):
 async def test_source_killed_in_mid_fetch(own_source, sink):
     fetch, keys, _, blocks = await half_fetched(own_source, sink)
     own_source.kill()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(12):
         with pytest.raises(KvSourceLostError) as raised:
             await fetch
     assert raised.value.complete == (True, False, False)

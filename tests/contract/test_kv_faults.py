@@ -16,8 +16,8 @@ from tests.contract.kv_rig import RemoteSource
 from tests.contract.kv_sink import LAYERS, Sink, fresh_keys, fresh_lease
 from tests.contract.kv_source import content
 
-SOON = 6.0
-"""Seconds that end() allows; what is tested has bounds of a second or two."""
+SOON = 12.0
+"""Seconds that end() allows: what is tested has bounds of a second or two, a fetch of fifteen."""
 
 
 async def end(fetch: Awaitable) -> KvError | None:

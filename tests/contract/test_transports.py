@@ -143,7 +143,7 @@ def disjoint(seed: int, remote_bytes: int, count: int, largest: int) -> list[Rea
 
 async def eventually(condition) -> None:
     """Lets the loop run until something is so."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

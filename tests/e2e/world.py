@@ -25,7 +25,7 @@ STEADY = SCRIPTED | {
 
 
 async def eventually(
-    what: Callable[[], Awaitable[bool]], *, seconds: float = 20, why: str = ""
+    what: Callable[[], Awaitable[bool]], *, seconds: float = 60, why: str = ""
 ) -> None:
     """Waits until `what` holds; the test's own observation is what is repeated, not a guess."""
     async with asyncio.timeout(seconds):

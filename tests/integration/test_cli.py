@@ -87,11 +87,11 @@ def running(command: list[str]) -> Iterator[Running]:
         with contextlib.suppress(psutil.NoSuchProcess):
             seen.update(run.children())
             run.process.kill()
-        run.process.wait(10)
+        run.process.wait(30)
         all_gone(seen)
 
 
-def all_gone(processes, seconds: float = 10) -> None:
+def all_gone(processes, seconds: float = 30) -> None:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         process.kill()
@@ -140,7 +140,7 @@ async def test_a_cancelled_start_leaves_no_process(tmp_path):
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    all_gone(mine, seconds=1)
+    all_gone(mine)
 
 
 # --- LocalCluster ------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_second_ctrl_c_ends_all_at_once():
         start = time.monotonic()
         it.process.send_signal(signal.SIGINT)
         assert it.rest() == 128 + signal.SIGINT
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30, "an answer of 200 s runs"
         all_gone(processes, seconds=0)
         assert asking.rest() != 0
 

@@ -106,7 +106,7 @@ async def fails(call, code, reason):
 
 async def eventually(condition):
     """Asks until it is so; each question is a call, which gives way to others."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await condition():
             pass
 

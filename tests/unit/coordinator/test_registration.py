@@ -68,7 +68,7 @@ class Registry(pb_grpc.WorkerRegistryServiceServicer):
             gone.set()
 
     async def stream(self):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return Stream(*await self.streams.get())
 
 
@@ -78,7 +78,7 @@ class Stream:
 
     async def next(self, kind=None):
         """The next message, of a kind if one is named."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 message = await self._context.read()
                 assert message is not grpc.aio.EOF
@@ -87,7 +87,7 @@ class Stream:
 
     async def gone(self):
         """Waits for the worker to end it."""
-        await asyncio.wait_for(self._gone.wait(), 10)
+        await asyncio.wait_for(self._gone.wait(), 30)
 
     async def say(self, message):
         await self._context.write(message)
@@ -134,7 +134,7 @@ async def worker(registry, engine, **more):
         yield registration
     finally:
         stop.set()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 30)
         assert not registration.registered.is_set()
         assert engine.readers == 0, "the engine's events are let go"
         await channels.close()
@@ -229,7 +229,7 @@ async def test_a_broken_stream_leads_to_a_new_one(registry):
         for _ in range(3):
             stream = await registry.stream()
             await stream.greet()
-            await asyncio.wait_for(registration.registered.wait(), 10)
+            await asyncio.wait_for(registration.registered.wait(), 30)
             await stream.fail("going away")
 
 
@@ -251,7 +251,7 @@ async def test_a_hello_without_an_answer_is_given_up(registry):
         await silent.next("hello")
         stream = await registry.stream()
         await stream.greet()
-        await asyncio.wait_for(registration.registered.wait(), 10)
+        await asyncio.wait_for(registration.registered.wait(), 30)
 
 
 async def test_a_wrong_answer_to_hello_is_given_up(registry):
@@ -353,7 +353,7 @@ async def test_one_silent_coordinator_keeps_nobody_from_the_other(registry, anot
     async with worker(registry, Engine(), directory=listing) as registration:
         await (await registry.stream()).next("hello")
         await (await another.stream()).greet()
-        await asyncio.wait_for(registration.registered.wait(), 10)
+        await asyncio.wait_for(registration.registered.wait(), 30)
 
 
 class Experts(Engine):
@@ -404,7 +404,7 @@ async def test_one_off_the_list_is_kept_while_its_stream_works(registry, another
         await one.fail("restart")
         await (await registry.stream()).greet()
         assert another.streams.empty()
-        await asyncio.wait_for(registration.registered.wait(), 10)
+        await asyncio.wait_for(registration.registered.wait(), 30)
 
 
 async def test_a_role_is_asked_for_by_any_and_told_to_all(registry, another):
@@ -418,7 +418,7 @@ async def test_a_role_is_asked_for_by_any_and_told_to_all(registry, another):
         await two.greet()
         change = pb.ChangeRole(role=pb.WORKER_ROLE_DECODE, why="prompts are few")
         await two.say(pb.RegisterResponse(change_role=change))
-        assert await asyncio.wait_for(asked.get(), 10) == ("decode", "prompts are few")
+        assert await asyncio.wait_for(asked.get(), 30) == ("decode", "prompts are few")
         registration.role_changed("decode")
         for stream in (one, two):
             told = (await stream.next("role_changed")).role_changed

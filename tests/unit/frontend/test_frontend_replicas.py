@@ -31,7 +31,7 @@ from tandem.coordinator.v1 import coordinator_pb2 as pb
 from tandem.coordinator.v1 import coordinator_pb2_grpc as pb_grpc
 
 MODEL = ServedModel("m", "layout", 4, 1000, 1, 1)
-SLOW_MACHINE = 5.0
+SLOW_MACHINE = 15.0
 
 
 class Fake(pb_grpc.CoordinatorServiceServicer):
@@ -173,7 +173,7 @@ async def two():
 
 
 async def eventually(what):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not what():  # noqa: ASYNC110 - seen from outside
             await asyncio.sleep(0.005)
 
@@ -200,16 +200,17 @@ async def test_one_that_dies_with_requests_in_its_queue(two):
     assert await asyncio.gather(*waiting) == [two.second] * 3
 
 
-async def test_a_silent_one_is_left_within_a_second_or_so(two):
+async def test_a_silent_one_is_left_within_a_second_or_so(two, monkeypatch):
     await two.place("r0")
     two.first.awake.clear()
     began = time.monotonic()
     assert await two.place("r1") is two.second
     assert time.monotonic() - began < SLOW_MACHINE
-    # And asked no more.
+    # And asked no more, which would take this long.
+    monkeypatch.setattr(module, "PING_SECONDS", 2 * SLOW_MACHINE)
     began = time.monotonic()
     assert await two.place("r2") is two.second
-    assert time.monotonic() - began < module.PING_AFTER_SECONDS + module.PING_SECONDS
+    assert time.monotonic() - began < SLOW_MACHINE
 
 
 async def test_a_queue_is_no_silence(two, monkeypatch):
@@ -283,7 +284,7 @@ async def test_it_goes_back_when_its_first_one_has_been_there_for_a_while(two, m
     await two.first.start()
     await eventually(lambda: len(two.coordinator._replicas.up()) == 2)
     assert await two.place("r1") is two.second, "not at once: workers have to register first"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await two.place("r") is two.second:  # noqa: ASYNC110 - time is what has to pass
             await asyncio.sleep(0.02)
 

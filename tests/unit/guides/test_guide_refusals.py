@@ -22,7 +22,7 @@ from services.frontend.guides import Guides
 from services.runtime.errors import GuideFailedError, InvalidRequestError
 from tests.unit.guides.guide_world import EOS, SIZE, TOKENS, VOCABULARY, ids_of, regex, schema
 
-SECONDS = 1.0
+SECONDS = 2.0
 
 
 def refusal(guide: Guide) -> InvalidRequestError:
@@ -230,7 +230,7 @@ def test_no_guide_takes_long_to_try_and_none_ends_the_trial_for_others(name, sha
     except InvalidRequestError as error:
         refused = error
     # A process that it was too much for is started again by the next one.
-    assert time.monotonic() - began < SECONDS + 2
+    assert time.monotonic() - began < SECONDS + 10
     if refused is not None:
         assert refused.metadata["field"].startswith("sampling.guide.")
         assert len(refused.message) < 700

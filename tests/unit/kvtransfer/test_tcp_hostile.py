@@ -44,7 +44,7 @@ async def answer_to(transport: TcpTransport, *parts: bytes) -> bytes:
     for part in parts:
         writer.write(part)
     writer.write_eof()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         try:
             return await reader.read()
         except ConnectionResetError:
@@ -156,7 +156,7 @@ async def test_sink_gets_an_error_in_time_from_any_impostor(sink, said, stay):
         finally:
             await reader.close()
 
-    async with Impostor(said, stay=stay) as ticket, asyncio.timeout(5):
+    async with Impostor(said, stay=stay) as ticket, asyncio.timeout(20):
         with pytest.raises(TransportError):
             await read(ticket)
 
@@ -199,6 +199,6 @@ async def test_many_connections_and_none_left(source, sink):
         await reader.close()
     assert sum(map(len, sink._kept.values())) == KEPT_PER_SOURCE
     await sink.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while source._source._serving:
             await asyncio.wait(source._source._serving)
