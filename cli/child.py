@@ -118,7 +118,7 @@ class Child:
         """
         try:
             if grace_seconds > 0:
-                # A stopped process could not take the other one. Nothing is sent after that: sending
+                # A stopped process could not take the other one. Nothing is sent after that: it
                 # looks whether the process is there, and takes its status if it has just ended.
                 self.kill(signal.SIGCONT)
                 self.kill(signal.SIGTERM)

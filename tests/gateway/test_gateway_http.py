@@ -115,16 +115,16 @@ async def test_the_tenant_is_not_passed_unless_asked_for():
 
 async def test_the_deadline_ends_a_request():
     async with behind() as (gateway, backend):
-        backend.whole = backend.pieces = None  # never reached
 
         async def forever(request):
             await asyncio.Event().wait()
 
         backend.whole = forever
-        answer = await gateway.post(CHAT, {"model": "m"}, x_request_timeout="0.2")
+        answer = await gateway.post(CHAT, {"model": "m"}, x_request_timeout="0.5")
         assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
         assert answer.head["x-should-retry"] == "false"
-        await asyncio.wait_for(backend.cancelled.wait(), 30)
+        if backend.arrived.is_set():  # on a busy machine the deadline may come first
+            await asyncio.wait_for(backend.cancelled.wait(), 30)
 
 
 def kinds(root=errors.TandemError):
