@@ -21,6 +21,7 @@ from services.frontend.service import InferenceServicer
 from services.frontend.workers import Workers
 from services.runtime.channels import Channels
 from services.runtime.directory import Kind, Member, directory
+from services.runtime.errors import DrainingError
 from services.runtime.server import Server
 from services.runtime.settings import FrontendProcess
 from tandem.inference.v1 import inference_pb2_grpc
@@ -30,6 +31,8 @@ TEXT_THREADS = 2
 """For tokenizing and hashing, which let go of the interpreter lock for most of their time."""
 
 SWEEP_SECONDS = 15.0
+
+_CUT_OFF = DrainingError("this frontend shuts down, and the request ran longer than it may")
 
 
 async def serve(
@@ -79,7 +82,7 @@ async def serve_model(
             ready(address)
             await stop.wait()
         finally:
-            await server.stop(settings.server.drain_seconds)
+            await server.stop(settings.server.drain_seconds, _CUT_OFF)
             awake.stop()
             await beginning.close()
             sweeper.cancel()

@@ -146,7 +146,7 @@ class KvSourceLostError(RetryableError):
 
 
 class DrainingError(RetryableError):
-    """The process is shutting down and takes no new requests."""
+    """The process shuts down: it takes no new requests, and ends those that run for too long."""
 
     reason = "DRAINING"
     code = "UNAVAILABLE"

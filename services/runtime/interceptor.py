@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -44,6 +44,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, incident_id: Callable[[], str]) -> None:
         self._incident_id = incident_id
+        self._running: set[asyncio.Task[Any]] = set()
+        self._ended: TandemError | None = None
+
+    def end_calls(self, why: TandemError) -> None:
+        """Ends the calls that run; their clients get this error."""
+        self._ended = why
+        for task in self._running:
+            task.cancel()
 
     async def intercept_service(
         self,
@@ -70,9 +78,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: _Context) -> Any:
             request = _accept(request)
             try:
-                return await behavior(_parsed(request), context)
-            except Exception as error:
-                await self._abort(error, request, context, method)
+                with self._counted():
+                    return await behavior(_parsed(request), context)
+            except (Exception, asyncio.CancelledError) as error:
+                await self._abort(self._why(error), request, context, method)
 
         return call
 
@@ -80,18 +89,42 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: _Context) -> None:
             request = _accept(request)
             try:
-                if not inspect.isasyncgenfunction(behavior):
-                    await behavior(_parsed(request), context)
-                    return
-                # Written here and not yielded on: when the call is cancelled in the middle of a
-                # write, the handler's own cleanup has run before the call counts as over.
-                async with contextlib.aclosing(behavior(_parsed(request), context)) as responses:
-                    async for response in responses:
-                        await context.write(response)
-            except Exception as error:
-                await self._abort(error, request, context, method)
+                with self._counted():
+                    await self._write_all(behavior, request, context)
+            except (Exception, asyncio.CancelledError) as error:
+                await self._abort(self._why(error), request, context, method)
 
         return call
+
+    async def _write_all(
+        self, behavior: Callable[..., Any], request: Any, context: _Context
+    ) -> None:
+        if not inspect.isasyncgenfunction(behavior):
+            await behavior(_parsed(request), context)
+            return
+        # Written here and not yielded on: when the call is cancelled in the middle of a
+        # write, the handler's own cleanup has run before the call counts as over.
+        async with contextlib.aclosing(behavior(_parsed(request), context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            yield
+        finally:
+            self._running.discard(task)
+
+    def _why(self, error: Exception | asyncio.CancelledError) -> Exception:
+        """What ended a call; raises the cancellation again if it was not end_calls()."""
+        if not isinstance(error, asyncio.CancelledError):
+            return error
+        if self._ended is None:
+            raise error
+        return self._ended
 
     async def _abort(self, error: Exception, request: Any, context: _Context, method: str) -> None:
         if isinstance(error, grpc.aio.AbortError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import logging
@@ -14,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.runtime.errors import TandemError
 from services.runtime.interceptor import ErrorInterceptor
 from services.runtime.settings import ServerSettings
 
@@ -27,6 +29,9 @@ KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
+
+LAST_WORD_SECONDS = 1.0
+"""For clients to be told why their calls end."""
 
 EVERYWHERE = ("0.0.0.0", "::", "[::]")
 
@@ -49,8 +54,9 @@ class Server:
         self._name = name
         self._health = health.aio.HealthServicer()
         self._services: list[str] = []
+        self._calls = ErrorInterceptor(incident_id)
         self._server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(incident_id)],
+            interceptors=[self._calls],
             options=[
                 *KEEPALIVE_OPTIONS,
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -88,10 +94,22 @@ class Server:
         log.info("%s listens on %s", self._name, address)
         return address
 
-    async def stop(self, grace_seconds: float) -> None:
-        """Health says NOT_SERVING, new calls are refused, running ones get `grace_seconds`."""
+    async def stop(self, grace_seconds: float, then: TandemError | None = None) -> None:
+        """Health says NOT_SERVING, new calls are refused, running ones get `grace_seconds`.
+
+        Those that still run after that end with `then`, if it is given.
+        """
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_seconds)
+        if then is None:
+            await self._server.stop(grace_seconds)
+            return
+        stopping = asyncio.create_task(self._server.stop(grace_seconds + LAST_WORD_SECONDS))
+        try:
+            await asyncio.wait({stopping}, timeout=grace_seconds)
+            self._calls.end_calls(then)
+            await stopping
+        finally:
+            stopping.cancel()
 
     def _listen(self) -> int:
         host, port = self._settings.host, self._settings.port

@@ -21,7 +21,12 @@ from grpc_status import rpc_status
 
 from kvtransfer.errors import LayoutMismatchError
 from services.runtime.channels import Channels
-from services.runtime.errors import InvalidRequestError, OverloadedError, from_rpc
+from services.runtime.errors import (
+    DrainingError,
+    InvalidRequestError,
+    OverloadedError,
+    from_rpc,
+)
 from services.runtime.server import ListenError, Server
 from services.runtime.settings import ServerSettings
 from tandem.decode.v1 import decode_pb2, decode_pb2_grpc
@@ -137,6 +142,28 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
             if packed.Unpack(message):
                 found[kind.__name__] = message
     return found
+
+
+@pytest.mark.parametrize("grace", [0.0, 0.2])
+async def test_who_runs_longer_than_a_drain_is_told_why_it_ends(server, stub, inference, grace):
+    waits = stub.Generate(ask("wait"))
+    streams = stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=ask("")))
+    await streams.read()
+    await inference.started.wait()
+    stopping = asyncio.create_task(server.stop(grace, DrainingError("it goes", retry_seconds=2.5)))
+
+    async def read_on():
+        while True:
+            assert await streams.read() is not grpc.aio.EOF
+
+    for call in (waits, read_on()):
+        error = await fails(call)
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "it goes")
+        found = details(error)
+        assert found["ErrorInfo"].reason == "DRAINING"
+        assert found["RetryInfo"].retry_delay.ToMicroseconds() == 2_500_000
+    await stopping
+    assert inference.cleaned.is_set()
 
 
 async def test_an_invalid_field(stub):
