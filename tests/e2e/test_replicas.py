@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 
 from cli.cluster import LocalCluster
 from loadtest import bench_deaths, deaths_report
 from loadtest.bench_deaths import DeathsOptions
 from tests.e2e.world import SCRIPTED, Cluster, prompt
+from tests.ports import free_ports
 
 SETTINGS = SCRIPTED | {
     "engine.scripted_step_seconds": "0.015",
@@ -57,7 +56,7 @@ async def test_each_process_dies_under_load_and_no_request_fails():
 
 async def test_two_coordinators_that_give_the_same_room_away_twice():
     """Each hears of the other's placements from the worker, which refuses what is too much."""
-    port = _two_free_ports()
+    port = free_ports(2)
     settings = SETTINGS | {
         "engine.max_running": "2",
         "engine.max_waiting": "0",
@@ -84,14 +83,3 @@ async def test_two_coordinators_that_give_the_same_room_away_twice():
         await one.nothing_held()
         for cluster in (one, other):
             await cluster.close()
-
-
-def _two_free_ports() -> int:
-    """The first of two in a row."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
