@@ -20,6 +20,7 @@ from kvtransfer.keys import KeyChain, salt
 from kvtransfer.layout import gqa_layout
 from kvtransfer.store import KvStore
 from services.engine.api import EngineFault, EngineStats
+from services.engine.stepped.choosing import Choosing
 from services.engine.stepped.inbox import Cancel, FetchStopped, Proceed, Submit
 from services.engine.stepped.sampler import Choice
 from services.engine.stepped.sequence import Limits, Role, Sequence
@@ -62,17 +63,19 @@ class Model:
         return np.zeros((len(batch.logit_rows), 1), np.float32)
 
 
-class SimStepper(Stepper):
+class SimChoosing(Choosing):
     """Chooses tokens that can be checked, and drafts that are right three times of four."""
 
-    def _gains(self, works, *more):
+    pool = None
+
+    def gains(self, works, *more):
         for work in works:
             if work.sample:
                 self._check_blocks(work.sequence)
-        return super()._gains(works, *more)
+        return super().gains(works, *more)
 
     def _check_blocks(self, sequence):
-        keys, pool = sequence.chain.keys, self._store._pool
+        keys, pool = sequence.chain.keys, self.pool
         for block, key in zip(sequence.blocks, keys, strict=False):
             assert pool.references(block) > 0, f"block {block} is in use and not held"
             assert pool.key(block) == key, f"block {block} holds the KV of something else"
@@ -86,13 +89,22 @@ class SimStepper(Stepper):
     def _choose(self, sequence, _allowed, _logits, _best):
         return Choice(self._next(sequence), None)
 
-    def fail(self, sequences, error):
-        """What breaks a step here is a bug, and not to be survived."""
-        raise error
-
     def _next(self, sequence):
         tokens = sequence.tokens
         return token_after(sequence.request.sampling.seed, len(tokens), tokens[-1])
+
+
+class SimStepper(Stepper):
+    """What breaks a step here is a bug, and not to be survived."""
+
+    choosing = SimChoosing
+
+    def __init__(self, model, store, *more, **named):
+        super().__init__(model, store, *more, **named)
+        self._choosing.pool = store._pool
+
+    def fail(self, sequences, error):
+        raise error
 
 
 class Fetch:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -19,18 +17,9 @@ from dataclasses import dataclass, replace
 
 from kvtransfer.bandwidth import Bandwidth
 from kvtransfer.endpoint import KvEndpoint
-from kvtransfer.errors import (
-    CorruptBlockError,
-    KvError,
-    KvSourceLostError,
-    RegionDeniedError,
-    TierUnusableError,
-    WrongTenantError,
-)
 from kvtransfer.keys import KeyChain, salt
 from kvtransfer.policy import ExportPolicy
 from kvtransfer.store import KvStore
-from kvtransfer.tiers.build import open_tiers
 from services.engine.adapters import Adapter, AdapterStatus
 from services.engine.admission import check_request
 from services.engine.api import (
@@ -54,18 +43,17 @@ from services.engine.experts import check_plan
 from services.engine.guides.compiling import Guides
 from services.engine.stepped.adapters import EngineAdapters
 from services.engine.stepped.batch import LoadedModel
+from services.engine.stepped.fetching import Fetching
 from services.engine.stepped.guiding import Guiding
 from services.engine.stepped.inbox import (
     Cancel,
     Close,
     Command,
-    FetchStopped,
     Inbox,
     Proceed,
     Submit,
 )
-from services.engine.stepped.prefix import tier_timeout
-from services.engine.stepped.scheduler import Fetch
+from services.engine.stepped.opening import MEBIBYTE, context_window, open_tiers_of
 from services.engine.stepped.sequence import Limits, Role, Sequence
 from services.engine.stepped.step import Load, Stepper, StepResult
 from services.engine.stepped.thread import StepThread
@@ -78,15 +66,10 @@ from services.runtime.errors import (
     InvalidRequestError,
     WorkerLostError,
 )
-from services.runtime.load import SettingsError
 from services.runtime.settings import EngineSettings, KvSettings
 
 log = logging.getLogger(__name__)
 
-_COMPUTED_INSTEAD = (KvSourceLostError, RegionDeniedError, WrongTenantError)
-"""Ways in which a prompt's KV may fail to come that say nothing against computing it."""
-
-MEBIBYTE = 2**20
 PEERS_REPORTED = 8
 """Peers that most KV came from; the report goes out several times a second."""
 
@@ -133,7 +116,6 @@ class SteppedEngine:
         self._serials = itertools.count(1)
         self._orders = itertools.count(1)
         self._live: dict[str, _Request] = {}
-        self._fetches: dict[int, asyncio.Task[FetchStopped]] = {}
         self._outputs = Unread()
         self._kv_readers: set[asyncio.Event] = set()
         self._kv_told = False
@@ -203,6 +185,16 @@ class SteppedEngine:
             drafter=loaded.drafter,
             rounds=loaded.rounds,
         )
+        self._fetching = Fetching(
+            self.kv,
+            store,
+            kv,
+            self._bandwidth,
+            self._clock,
+            rate=lambda: self._stepper.load.prefill_tokens_per_second,
+            proceeded=self._proceeded,
+            put=self._inbox.put,
+        )
         guides = Guides(loaded.tokens, loaded.vocabulary, loaded.eos_token_ids)
         self._guiding = Guiding(guides, self._put, self._refused)
         self._thread = StepThread(self._stepper, self._inbox, self._post, self._died)
@@ -222,9 +214,7 @@ class SteppedEngine:
         # The thread ends when it holds nothing; what is being fetched stops by its asking.
         self._inbox.put(Close())
         await asyncio.to_thread(self._thread.join)
-        for task in self._fetches.values():  # left only if the thread had died
-            task.cancel()
-        await asyncio.gather(*self._fetches.values(), return_exceptions=True)
+        await self._fetching.close()
         await self.kv.close()
         await self._close_store()
         self._wake_kv_readers()
@@ -442,15 +432,9 @@ class SteppedEngine:
 
     def _take(self, result: StepResult) -> None:
         for fetch in result.fetches:
-            if fetch.source is not None and not fetch.keys:  # all of it is cached here
-                self.kv.release(fetch.source.address, fetch.source.lease_id)
-                continue
-            task = self._loop.create_task(self._fetch(fetch))
-            self._fetches[fetch.sequence.serial] = task
-            task.add_done_callback(functools.partial(self._fetch_over, fetch))
+            self._fetching.begin(fetch)
         for serial in result.stop_fetches:
-            if serial in self._fetches:
-                self._fetches[serial].cancel()
+            self._fetching.stop(serial)
         outputs = []
         for serial, output in result.outputs:
             live = self._live.get(output.request_id)
@@ -480,6 +464,10 @@ class SteppedEngine:
         self._outputs.say(ends)
         self._outputs.end()
 
+    def _proceeded(self, request_id: str) -> float | None:
+        live = self._live.get(request_id)
+        return None if live is None else live.proceeded
+
     # The KV plane
 
     def _store_changed(self) -> None:
@@ -489,127 +477,6 @@ class SteppedEngine:
         if not self._kv_told:
             self._kv_told = True
             self._soon(self._wake_kv_readers)
-
-    async def _fetch(self, fetch: Fetch) -> FetchStopped:
-        """Brings back what the tiers have of it from the start, and fetches the rest.
-
-        Raises the KvErrors that computing does not make up for.
-        """
-        source, restored = fetch.source, await self._restore(fetch)
-        rest = replace(fetch, keys=fetch.keys[restored:], blocks=fetch.blocks[restored:])
-        if source is not None and rest.keys:
-            stopped = await self._fetch_from(rest, source)
-            return replace(stopped, arrived=restored + stopped.arrived, restored=restored)
-        if source is not None and not fetch.held_only:
-            self.kv.release(source.address, source.lease_id)
-        serial = fetch.sequence.serial
-        return FetchStopped(serial, arrived=restored, restored=restored, ended=self._clock())
-
-    async def _restore(self, fetch: Fetch) -> int:
-        """Fills the first blocks from the tiers; how many. Takes no longer than computing would."""
-        here = self._store.in_tiers(fetch.keys)
-        if not here or self._store.tiers is None:
-            return 0
-        rate = self._stepper.load.prefill_tokens_per_second
-        seconds = tier_timeout(here * self._store.layout.block_tokens, rate)
-        seconds = min(seconds, self._left(fetch.sequence))
-        restored = await self._store.tiers.fill(
-            fetch.keys[:here], fetch.blocks[:here], seconds=seconds
-        )
-        if restored < here:
-            log.info(
-                "the tiers gave %d of %d blocks, with %.3f s to do so", restored, here, seconds
-            )
-        return restored
-
-    async def _fetch_from(self, fetch: Fetch, source: KvSource) -> FetchStopped:
-        """Moves the blocks; says what came of it. Raises as _fetch does."""
-        serial = fetch.sequence.serial
-        request, began = fetch.sequence.request, self._clock()
-        timeout = self._kv_settings.fetch_timeout_seconds
-        if fetch.timeout is not None:
-            timeout = fetch.timeout
-        try:
-            report = await self.kv.fetch(
-                source.address,
-                source.lease_id,
-                fetch.keys,
-                fetch.blocks,
-                partial_last=fetch.partial_last,
-                # The source waits no longer either: it is the call's deadline.
-                timeout=min(timeout, self._left(fetch.sequence)),
-                held_only=fetch.held_only,
-                tenant=request.tenant,
-                needed=lambda: began if fetch.held_only else self._proceeded(request.request_id),
-            )
-        except KvError as error:
-            if not (fetch.held_only or isinstance(error, _COMPUTED_INSTEAD)):
-                raise
-            log.warning("no KV for %s: %s", source.lease_id, error.message)
-            complete = getattr(error, "complete", ())
-            stopped = FetchStopped(
-                serial,
-                _leading(complete),
-                blocks=sum(complete),
-                seconds=self._clock() - began,
-                lost=error.reason,
-                why=error.message,
-                ended=self._clock(),
-            )
-        else:
-            if report.corrupt_blocks:
-                log.warning("%s: %d corrupt KV blocks", source.lease_id, report.corrupt_blocks)
-            stopped = FetchStopped(
-                serial,
-                _leading(report.complete),
-                transport=report.transport,
-                bytes=report.bytes,
-                blocks=report.blocks,
-                seconds=report.seconds,
-                corrupt_blocks=report.corrupt_blocks,
-                choice=report.why,
-                lost=CorruptBlockError.reason if report.corrupt_blocks else "",
-                why=f"{report.corrupt_blocks} blocks were corrupt",
-                ended=report.ended,
-            )
-        # Almost: of two clocks that bound it one may be early.
-        in_vain = fetch.timeout is not None and stopped.seconds > 0.9 * fetch.timeout
-        if fetch.held_only and (stopped.blocks or in_vain):
-            # Nothing was waited for but the bytes: this is what the way there gives. Where not one
-            # block came in time, one takes longer than that; by how much is not known.
-            size = max(1, stopped.blocks) * self._store.block_bytes
-            seconds = stopped.seconds if stopped.blocks else 2 * stopped.seconds
-            self._bandwidth.observe(source.address, size, seconds, stopped.ended)
-        return stopped
-
-    def _left(self, sequence: Sequence) -> float:
-        """Seconds until a sequence's deadline."""
-        return max(0.0, sequence.deadline - self._clock())
-
-    def _proceeded(self, request_id: str) -> float | None:
-        live = self._live.get(request_id)
-        return None if live is None else live.proceeded
-
-    def _fetch_over(self, fetch: Fetch, task: asyncio.Task[FetchStopped]) -> None:
-        """Also called for a task that was cancelled before it began."""
-        serial = fetch.sequence.serial
-        del self._fetches[serial]
-        if task.cancelled():
-            stopped = FetchStopped(serial, why="stopped")
-            if fetch.source is not None and not fetch.held_only:  # It may not have begun.
-                self.kv.release(fetch.source.address, fetch.source.lease_id)
-        elif (error := task.exception()) is None:
-            stopped = task.result()
-        elif isinstance(error, KvError):
-            fault = EngineFault(error.reason, error.message, error.metadata)
-            stopped = FetchStopped(serial, fault=fault, ended=self._clock())
-        else:
-            log.error("a fetch failed", exc_info=error)
-            if fetch.source is not None and not fetch.held_only:  # It may have failed before.
-                self.kv.release(fetch.source.address, fetch.source.lease_id)
-            fault = EngineFault("ENGINE_FAILED", f"a fetch failed: {type(error).__name__}")
-            stopped = FetchStopped(serial, fault=fault, ended=self._clock())
-        self._inbox.put(stopped)
 
     def _open(self) -> tuple[LoadedModel, KvStore, int]:
         """Everything slow about a start, not on the event loop: model, pool, context window."""
@@ -625,47 +492,5 @@ class SteppedEngine:
         loaded.model.warm_up()
         milestones.reached(milestones.WARM)
         self._adapters.load_first()
-        self._open_tiers(store, loaded.model.numerics)
+        open_tiers_of(store, loaded.model.numerics, self._kv_settings, self._clock)
         return loaded, store, window
-
-    def _open_tiers(self, store: KvStore, numerics: str) -> None:
-        """Raises SettingsError."""
-        kv = self._kv_settings
-        if kv.disk_tier_mib and not kv.disk_tier_folder:
-            raise SettingsError("kv.disk_tier_mib: a disk tier needs a kv.disk_tier_folder")
-        try:
-            tiers = open_tiers(
-                store,
-                # Without a digest of its numbers nothing says that a model is the one that a
-                # folder's blocks were computed by.
-                numerics or secrets.token_hex(),
-                host_bytes=kv.host_tier_mib * MEBIBYTE,
-                disk_bytes=kv.disk_tier_mib * MEBIBYTE,
-                folder=kv.disk_tier_folder,
-                clock=self._clock,
-            )
-        except (TierUnusableError, ValueError) as error:
-            raise SettingsError(f"kv.host_tier_mib, kv.disk_tier_mib: {error}") from error
-        if tiers is not None:
-            tiers.start()
-
-
-def _leading(complete: tuple[bool, ...]) -> int:
-    return sum(itertools.takewhile(bool, complete))
-
-
-def context_window(own: int, settings: EngineSettings, store: KvStore) -> int:
-    """Tokens of the longest sequence: the model's own window or less, and never beyond the pool.
-
-    So whatever is accepted fits when it is alone. Raises SettingsError if more was asked for.
-    """
-    pool = store.total_blocks * store.layout.block_tokens
-    wanted = settings.context_tokens
-    if wanted > min(own, pool):
-        raise SettingsError(
-            f"engine.context_tokens: {wanted} is not possible; the model's window is {own} tokens, "
-            f"the KV pool holds {pool} (engine.kv_blocks, engine.kv_memory_mib)"
-        )
-    if not wanted and pool < own:
-        log.warning("context window cut from %d to %d tokens, which the KV pool holds", own, pool)
-    return wanted or min(own, pool)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
-from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, field
 
 from kvtransfer.bandwidth import Bandwidth
 from kvtransfer.errors import RegionDeniedError, WrongTenantError
@@ -18,16 +14,14 @@ from services.engine.api import (
     EngineFault,
     FinishReason,
     KvPrefix,
-    KvReport,
-    PrefixReport,
     RankStats,
     TokenOutput,
 )
-from services.engine.guides.guided import Guided, Mask, Masks
-from services.engine.guides.threads import MaskThreads
+from services.engine.guides.guided import Guided
 from services.engine.stepped.batch import Adapters, Drafter, Model, batch_of
+from services.engine.stepped.choosing import Choosing, Gain
 from services.engine.stepped.deadlines import Deadlines
-from services.engine.stepped.drafts import ChooseDrafts, Drafting
+from services.engine.stepped.drafts import Drafting
 from services.engine.stepped.filling import Filling
 from services.engine.stepped.inbox import (
     Cancel,
@@ -37,64 +31,23 @@ from services.engine.stepped.inbox import (
     Proceed,
     Submit,
 )
+from services.engine.stepped.live import Live, report_of
 from services.engine.stepped.phases import Phase
-from services.engine.stepped.prefix import Verdict, judge
+from services.engine.stepped.prefix import judge
 from services.engine.stepped.ranks import rank_stats
 from services.engine.stepped.rates import Rates
 from services.engine.stepped.rounds import Alone, Round, Rounds
 from services.engine.stepped.sampler import (
     Choice,
-    Occurrences,
-    Row,
-    choose,
-    penalized,
-    token_of,
 )
-from services.engine.stepped.scheduler import Fetch, Plan, Scheduler, Work
+from services.engine.stepped.scheduler import Fetch, Plan, Scheduler
 from services.engine.stepped.sequence import Limits, Role, Sequence
-from services.runtime.errors import AdapterFailedError
 from services.runtime.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
 
 _DENIED = frozenset({RegionDeniedError.reason, WrongTenantError.reason})
-
-
-def _no_number(adapter: str) -> EngineFault:
-    """An adapter's weights may do that wherever they are used; without one it is this engine."""
-    words = "the model gave no number to choose a token by"
-    if not adapter:
-        return EngineFault("ENGINE_FAILED", words)
-    words = f"with the adapter {adapter} {words}"
-    return EngineFault(AdapterFailedError.reason, words, {"adapter": adapter})
-
-
-@dataclass(slots=True)
-class _Live:
-    """A sequence, and what is kept about it until it ends."""
-
-    sequence: Sequence
-    guided: Guided | None = None
-    occurrences: Occurrences | None = None
-    fetch: Fetch | None = None
-    fetched: FetchStopped | None = None
-    verdict: Verdict | None = None
-    leased: bool = False
-    proceeded: float = 0.0
-    reported: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Gain:
-    """What a step brought for a sequence that it sampled for."""
-
-    sequence: Sequence
-    choices: tuple[Choice, ...]
-    reason: FinishReason | None = None
-    fault: EngineFault | None = None
-    drafts: tuple[int, int] = (0, 0)
-    """Of it how many were compared with what was chosen, and how many of these were right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +86,8 @@ class StepResult:
 class Stepper:
     """Owns every sequence. Not thread-safe, but for `load`."""
 
+    choosing = Choosing
+
     def __init__(
         self,
         model: Model,
@@ -162,11 +117,13 @@ class Stepper:
             in_tiers=store.in_tiers,
             draft_tokens=None if drafter is None else settings.draft_tokens,
         )
+        self._live: dict[int, Live] = {}
+        self._choosing = self.choosing(self._live, limits)
         self._drafting: Drafting | None = None
         if drafter is not None:
             size = store.layout.block_tokens
             self._drafting = Drafting(
-                drafter, settings.draft_tokens, size, clock, self._begin_drafts
+                drafter, settings.draft_tokens, size, clock, self._choosing.begin_drafts
             )
         self._own_layers = store.layout.layers - (0 if drafter is None else drafter.layers)
         self._limits = limits
@@ -174,13 +131,10 @@ class Stepper:
         self._bandwidth = bandwidth
         self._clock = clock
         self._block_tokens = store.layout.block_tokens
-        self._live: dict[int, _Live] = {}
         self._result = StepResult()
-        self._masks = MaskThreads()
         self._rates = Rates()
         self._deadlines = Deadlines(self._rates, settings.chunk_tokens)
         self._taken = self._finished = self._preempted = 0
-        self._drafted = self._accepted = self._decode_steps = 0
         self.load = Load(ranks=self._ranks())
 
     @property
@@ -259,9 +213,9 @@ class Stepper:
             preempted=self._preempted,
             prefill_tokens_per_second=self._rates.prefill_tokens_per_second,
             step_seconds=self._rates.step_seconds,
-            draft_tokens=self._drafted,
-            accepted_tokens=self._accepted,
-            decode_steps=self._decode_steps,
+            draft_tokens=self._choosing.draft_tokens,
+            accepted_tokens=self._choosing.accepted_tokens,
+            decode_steps=self._choosing.decode_steps,
             ranks=self._ranks(),
         )
         return result
@@ -342,7 +296,7 @@ class Stepper:
             self._adapters.put(change.adapter_id, change.weights)
 
     def _submit(self, sequence: Sequence, guided: Guided | None) -> None:
-        self._live[sequence.serial] = _Live(sequence, guided)
+        self._live[sequence.serial] = Live(sequence, guided)
         self._taken += 1
         self._scheduler.submit(sequence)
         reason = sequence.finished(self._limits)
@@ -395,159 +349,29 @@ class Stepper:
 
     # A step
 
-    def _compute(self, plan: Plan, draft_calls: int) -> list[_Gain]:
+    def _compute(self, plan: Plan, draft_calls: int) -> list[Gain]:
         """Runs the model, samples for each Work.sample, drafts, makes finished blocks readable."""
         works, drafting = plan.work, self._drafting
         filling = Filling(self._store, works, self._own_layers)
         filling.begin()
         batch = batch_of(works, draft_calls)
         after_layers = filling.layers_done if filling.any else None
-        masks = self._masks.begin(dict(self._wanted(works)))
+        masks = self._choosing.begin(works)
         began = self._clock()
         try:
             logits = self._model.forward(batch, after_layers, self._store.layers_per_piece)
         finally:
             allowed = masks.result()
         self._scheduler.advance(plan)
-        gains = self._gains(works, logits, allowed)
+        gains = self._choosing.gains(works, logits, allowed)
         if drafting is not None:
             drafting.computed(batch, self._clock() - began)
             drafting.note({g.sequence: g.drafts for g in gains})
-            drafting.draft(works, batch, {g.sequence: self._draftable(g) for g in gains})
+            drafting.draft(works, batch, {g.sequence: self._choosing.draftable(g) for g in gains})
         filling.finish()
         return gains
 
-    def _wanted(self, works: Seq[Work]) -> Iterable[tuple[int, Callable[[], Masks]]]:
-        for work in works:
-            guided = self._live[work.sequence.serial].guided
-            if work.sample and guided is not None:
-                yield work.sequence.serial, partial(guided.masks, work.drafts)
-
-    def _gains(
-        self, works: Seq[Work], logits: NDArray[np.float32], allowed: Mapping[int, Masks]
-    ) -> list[_Gain]:
-        best, row, gains = logits.argmax(axis=1), 0, []
-        for work in works:
-            if work.sample:
-                rows = slice(row, row + 1 + len(work.drafts))
-                masks = allowed.get(work.sequence.serial)
-                gains.append(self._gain(work, logits[rows], best[rows], masks))
-                row = rows.stop
-        return gains
-
-    def _gain(
-        self,
-        work: Work,
-        logits: NDArray[np.float32],
-        best: NDArray[np.intp],
-        masks: Masks | None,
-    ) -> _Gain:
-        """Chooses a token, and one more for each draft that was the token chosen.
-
-        Each is chosen as it would be without drafts: after those before it were appended, for its
-        position, and not after one that ends the request.
-        """
-        sequence = work.sequence
-        choices: list[Choice] = []
-        reason, fault, right = None, None, 0
-        known = 1 + len(work.drafts) if masks is None else len(masks)
-        for row, draft in enumerate((*work.drafts, None)):
-            allowed = None if masks is None else masks[row]
-            choice = self._choose(sequence, allowed, logits[row], int(best[row]))
-            if choice is None:
-                reason, fault = FinishReason.ERROR, self._no_choice(sequence)
-                break
-            choices.append(choice)
-            sequence.append((choice.token,))
-            self._follow(sequence, choice.token)
-            right += choice.token == draft
-            reason = sequence.finished(self._limits)
-            if reason is not None or choice.token != draft or row + 1 == known:
-                break
-            sequence.computed += 1
-        checked = min(len(work.drafts), len(choices))
-        if sequence.role is Role.DECODE:
-            self._decode_steps += 1
-            self._drafted += len(work.drafts)
-            self._accepted += right
-        return _Gain(sequence, tuple(choices), reason, fault, (checked, right))
-
-    def _choose(
-        self, sequence: Sequence, allowed: Masks | None, logits: NDArray[np.float32], best: int
-    ) -> Choice | None:
-        return choose(self._row(sequence, (), allowed), logits, best)
-
-    def _follow(self, sequence: Sequence, token: int) -> None:
-        guided = self._live[sequence.serial].guided
-        if guided is not None and token not in self._limits.eos_token_ids:
-            guided.accept((token,))
-
-    def _no_choice(self, sequence: Sequence) -> EngineFault:
-        guided = self._live[sequence.serial].guided
-        if guided is not None and guided.failure is None:
-            # It may have been at a draft.
-            self._masks.begin({sequence.serial: guided.masks}).result()
-        if guided is None or guided.failure is None:
-            return _no_number(sequence.request.adapter)
-        failure = guided.failure
-        return EngineFault(failure.reason, failure.message, failure.metadata)
-
-    def _draftable(self, gain: _Gain) -> int | None:
-        """How many tokens it makes sense to draft; None: the sequence does not go on."""
-        sequence = gain.sequence
-        if gain.reason is not None or sequence.role is Role.PREFILL:
-            return None
-        return sequence.left(self._limits) - 1
-
-    def _begin_drafts(self, sequences: Seq[Sequence]) -> ChooseDrafts:
-        """See drafts.BeginDrafts: masks are computed beside the draft layer."""
-        looks = self._masks.begin(
-            {
-                s.serial: partial(guided.look, s.drafts)
-                for s in sequences
-                if (guided := self._live[s.serial].guided) is not None
-            }
-        )
-
-        def choose(logits: NDArray[np.float32]) -> list[int | None]:
-            allowed = looks.result()
-            return [
-                self._draft(sequence, allowed, values)
-                for sequence, values in zip(sequences, logits, strict=True)
-            ]
-
-        return choose
-
-    def _draft(
-        self, sequence: Sequence, looks: Mapping[int, Mask | None], logits: NDArray[np.float32]
-    ) -> int | None:
-        allowed = looks.get(sequence.serial)
-        if allowed is None and sequence.serial in looks:
-            return None
-        return token_of(self._row(sequence, sequence.drafts, allowed), logits, int(logits.argmax()))
-
-    def _row(
-        self,
-        sequence: Sequence,
-        drafts: tuple[int, ...] = (),
-        allowed: NDArray[np.uint32] | None = None,
-    ) -> Row:
-        """For the token after a sequence's own and drafts, which penalties don't know."""
-        sampling = sequence.request.sampling
-        live = self._live[sequence.serial]
-        if penalized(sampling):
-            if live.occurrences is None:
-                live.occurrences = Occurrences(sequence.request.prompt_token_ids)
-            live.occurrences.follow(sequence.tokens)
-        forbidden: frozenset[int] = frozenset()
-        if sequence.outputs + len(drafts) < sampling.min_tokens:
-            forbidden = frozenset(sampling.stop_token_ids)
-            if not sampling.ignore_eos:
-                forbidden |= self._limits.eos_token_ids
-        position = len(sequence.tokens) + len(drafts)
-        return Row(sampling, position, live.occurrences, forbidden, allowed)
-
-    def _advance(self, gains: Seq[_Gain]) -> None:
+    def _advance(self, gains: Seq[Gain]) -> None:
         """Sequences move on by what was chosen."""
         for gain in gains:
             sequence, reason = gain.sequence, gain.reason
@@ -601,7 +425,7 @@ class Stepper:
         live = self._live[sequence.serial]
         report = None
         if not live.reported and (sequence.phase is Phase.RUNNING or live.fetched is not None):
-            live.reported, report = True, _report(live)
+            live.reported, report = True, report_of(live)
         output = TokenOutput(
             request_id=sequence.request.request_id,
             token_ids=tuple(c.token for c in choices),
@@ -612,44 +436,3 @@ class Stepper:
             prefill_done=sequence.role is Role.PREFILL and bool(choices),
         )
         self._result.outputs.append((sequence.serial, output))
-
-
-def _report(live: _Live) -> KvReport:
-    sequence, fetched = live.sequence, live.fetched
-    have = min(sequence.computed, sequence.context)
-    computed = max(0, have - sequence.cached_tokens - sequence.fetched_tokens)
-    report = KvReport(
-        cached_tokens=sequence.cached_tokens,
-        computed_tokens=computed,
-        prefix=_prefix_report(live),
-    )
-    if fetched is None:
-        return report
-    of_prefix = live.fetch is not None and live.fetch.held_only
-    waited = not (of_prefix or sequence.held_back)
-    return replace(
-        report,
-        transport=fetched.transport,
-        bytes=fetched.bytes,
-        blocks=fetched.blocks,
-        seconds=fetched.seconds,
-        exposed_seconds=max(0.0, fetched.ended - live.proceeded) if waited else 0.0,
-        corrupt_blocks=fetched.corrupt_blocks,
-        lost=f"{fetched.lost}: {fetched.why}" if fetched.lost else "",
-        why=fetched.choice,
-    )
-
-
-def _prefix_report(live: _Live) -> PrefixReport | None:
-    verdict, fetched = live.verdict, live.fetched
-    if verdict is None:
-        return None
-    if not verdict.fetch:
-        return verdict.report(0, 0.0, "computed")
-    if fetched is None:
-        return verdict.report(0, 0.0, "computed, since the fetch was stopped")
-    tokens = live.sequence.fetched_tokens
-    if not fetched.lost:
-        return verdict.report(tokens, fetched.seconds, f"fetched in {fetched.seconds:.3f} s")
-    outcome = f"{tokens} tokens came, then {fetched.lost}: {fetched.why}"
-    return verdict.report(tokens, fetched.seconds, outcome)

@@ -14,6 +14,7 @@ from kvtransfer.keys import KeyChain
 from kvtransfer.layout import gqa_layout
 from kvtransfer.store import KvStore
 from services.engine.api import FinishReason, Request, Sampling
+from services.engine.stepped.choosing import Choosing
 from services.engine.stepped.drafting import Acceptance, DraftLength, Times
 from services.engine.stepped.inbox import Submit
 from services.engine.stepped.sampler import Choice
@@ -239,7 +240,7 @@ class Markov:
         return np.log(GUESS[batch.token_ids[batch.logit_rows]]).astype(np.float32)
 
 
-class Believer(Stepper):
+class Believer(Choosing):
     """Takes every draft for right."""
 
     def _gain(self, work, *more):
@@ -250,7 +251,7 @@ class Believer(Stepper):
         return type(gain)(gain.sequence, (Choice(work.drafts[0]),), gain.reason)
 
 
-class OneDice(Stepper):
+class OneDice(Choosing):
     """Chooses all tokens of a step by one number."""
 
     def _gain(self, work, *more):
@@ -266,7 +267,7 @@ def outputs_of(kind, drafts: int, count=1600):
     """Tokens two to five of so many sampled outputs, which drafts have a part in."""
     model, found = Markov(), []
     store = KvStore(model.layout, 600, layers_per_piece=2)
-    stepper = kind(
+    stepper = type("Some", (Stepper,), {"choosing": kind})(
         model,
         store,
         EngineSettings(kind="scripted", max_running=500, chunk_tokens=500, draft_tokens=drafts),
@@ -306,8 +307,8 @@ def misfit(tokens) -> float:
 
 
 def test_sampled_outputs_are_distributed_as_without_drafts():
-    without = outputs_of(Stepper, 0)
-    with_drafts = outputs_of(Stepper, 2)
+    without = outputs_of(Choosing, 0)
+    with_drafts = outputs_of(Choosing, 2)
     assert (with_drafts == without).all(), "in tokens, too"
     assert misfit(without) < 4
     assert misfit(with_drafts) < 4
