@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from services.engine.build import build
 from services.runtime.load import SettingsError
 from services.runtime.server import ListenError
 from services.runtime.settings import EngineSettings, KvSettings, ModelSettings
+from tests.ports import free_ports
 from tests.unit.engine_torch import torch_models
 
 GREEDY = Sampling(temperature=0.0, max_tokens=5, ignore_eos=True)
@@ -37,8 +37,7 @@ async def start_rank(address: str, rank: int) -> asyncio.subprocess.Process:
 
 
 async def test_ranks_meet_their_leader_whoever_starts_them_first():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports()}"
     engine = leader(address)
     first = await start_rank(address, 1)  # it waits for the leader
     starting = asyncio.create_task(engine.start())
@@ -70,8 +69,7 @@ async def test_ranks_meet_their_leader_whoever_starts_them_first():
 async def test_sharers_of_a_model_meet_like_ranks(tmp_path):
     torch_models.write(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports()}"
     made = {"kind": "torch", "ranks": 1, "tensor_parallel": 2, "threads": 1, "block_tokens": 16}
     engine = leader(address, model=str(tmp_path), **made)
     sharer = await start_rank(address, 1)
