@@ -93,9 +93,12 @@ class Child:
         code = self._process.returncode
         if code is None:
             return "runs"
-        if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"ended with exit status {code}"
+        return f"was ended by {self.cause()}" if code < 0 else f"ended with {self.cause()}"
+
+    def cause(self) -> str:
+        """The signal that ended it, or its exit status."""
+        code = self._process.returncode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
     def tail(self) -> str:
         """The end of its log."""

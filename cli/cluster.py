@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from cli.child import Child, ChildFailedError
 from cli.etcd import EtcdChild
 from cli.gateway import GatewayChild
 from cli.output import CommandError
+from cli.silence import silences
 from services.runtime.load import Given, load
 from services.runtime.settings import WorkerProcess
 
@@ -29,6 +31,9 @@ FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 15.0
 STEADY_SECONDS = 30.0
 """A process that ran this long starts over with the first backoff when it dies."""
+KILL_SILENT_SECONDS = 60.0
+"""A process that lives and answers nothing for this long is killed, and starts again as one that
+died. What it had is not lost before: frontends place it elsewhere after some seconds."""
 
 
 class ClusterError(CommandError):
@@ -37,7 +42,7 @@ class ClusterError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something happened to a process: starting, ready, died, stopping, ended."""
+    """Something happened to a process: starting, ready, silent, died, stopping, ended."""
 
     process: str
     phase: str
@@ -62,6 +67,8 @@ def _members(role: str, count: int, port: int) -> list[_Member]:
 
 _WORKERS = ("prefill", "decode", "both")
 _STARTS = (("etcd",), ("coordinator",), ("frontend", *_WORKERS), ("gateway",))
+_NO_HEALTH = ("etcd", "gateway")
+"""Who answers no questions about its health by gRPC."""
 _ENDS = (("gateway",), ("frontend",), _WORKERS, ("coordinator",), ("etcd",))
 """Who asks ends first, then those that it still needs."""
 
@@ -75,7 +82,8 @@ class LocalCluster:
     them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
     unless asked for (the first of several has it, the next ones those behind it); all but workers
     keep theirs when restarted. With `etcd`, coordinators are found there. With `gateway`, the
-    program, there is one before the frontends. `restart` brings dead processes back, with backoff.
+    program, there is one before the frontends. `restart` brings dead processes back, with backoff,
+    and those that live and are silent for `kill_silent_seconds`.
 
     Leaving the context drains and ends every process; ClusterError says if one of them had to be
     killed or failed. An exception (a cancellation, too) on the way out kills all at once.
@@ -99,12 +107,14 @@ class LocalCluster:
         coordinator_port: int = 0,
         gateway_port: int = 0,
         restart: bool = False,
+        kill_silent_seconds: float = KILL_SILENT_SECONDS,
         logs: Path | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._config = config
         self._environment = environment
         self._restart = restart
+        self._kill_silent_seconds = kill_silent_seconds
         self._gateway = gateway
         self._on_event = on_event
         self._settings = dict(settings or {})
@@ -305,14 +315,13 @@ class LocalCluster:
         backoff = FIRST_BACKOFF_SECONDS
         while True:
             child, since = self._children[member.name], time.monotonic()
-            await child.wait()
+            await self._wait(member, child)
             if not self._restart:
-                self._tell(member, "died", child.how_it_ended())
+                self._tell(member, "died", f"of {child.cause()}")
                 return
             if time.monotonic() - since > STEADY_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
-            detail = f"{child.how_it_ended()}; starts again in {backoff:g} s"
-            self._tell(member, "died", detail)
+            self._tell(member, "died", f"of {child.cause()}; starts again in {backoff:g} s")
             while True:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
@@ -320,8 +329,35 @@ class LocalCluster:
                     await self._launch(member)
                     break
                 except ChildFailedError as error:
-                    again = f"{str(error).splitlines()[0]}; again in {backoff:g} s"
+                    again = f"again: {str(error).splitlines()[0]}; next try in {backoff:g} s"
                     self._tell(member, "died", again)
+
+    async def _wait(self, member: _Member, child: Child) -> None:
+        """Until a process ends; meanwhile says if it is silent, and kills it if it stays so."""
+        if member.role in _NO_HEALTH:
+            await child.wait()
+            return
+        listening = asyncio.create_task(self._listen(member, child))
+        try:
+            await child.wait()
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, member: _Member, child: Child) -> None:
+        kill, told = self._kill_silent_seconds, 0.0
+        async for silent in silences(child.address):
+            if not silent and told:
+                self._tell(member, "ready", f"{child.address}, it answers again")
+                told = 0.0
+            elif silent >= kill and self._restart:
+                self._tell(member, "silent", f"for {silent:g} s; pid {child.pid} is killed")
+                child.kill(signal.SIGKILL)
+                return
+            elif silent >= 2 * told and silent > 0:
+                then = f", and is killed after {kill:g} s" if self._restart else ""
+                self._tell(member, "silent", f"for {silent:g} s; pid {child.pid} lives{then}")
+                told = silent
 
     def _settle(self, workers: int) -> float:
         """Splits the CPU among the workers unless told otherwise; returns the drain's length.

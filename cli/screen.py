@@ -18,7 +18,7 @@ from services.runtime.client import Status
 LIVE_SECONDS = 0.5
 PLAIN_SECONDS = 10.0
 
-_STYLES = {"ready": "green", "died": "bold red", "ended": "dim"}
+_STYLES = {"ready": "green", "died": "bold red", "silent": "yellow", "ended": "dim"}
 
 
 class Screen(Protocol):

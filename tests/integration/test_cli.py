@@ -20,6 +20,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from cli import silence
 from cli.child import Child, ChildFailedError
 from cli.cluster import ClusterError, Event, LocalCluster
 from cli.demo import PROMPT, Show, Told, _failure
@@ -201,6 +202,32 @@ async def test_dead_processes_come_back_under_their_names_and_where_they_were():
                 await asyncio.sleep(0.05)
 
 
+async def test_a_process_that_lives_and_is_silent_is_told_killed_and_started_again(monkeypatch):
+    monkeypatch.setattr(silence, "ASKED_SECONDS", 0.1)
+    monkeypatch.setattr(silence, "ANSWER_SECONDS", 0.9)
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    # Long enough for whoever is only starved of CPU to answer once.
+    options = {"settings": SCRIPTED, "restart": True, "kill_silent_seconds": 12.0}
+    async with LocalCluster(**options, on_event=events.put_nowait) as cluster, asyncio.timeout(120):
+
+        async def until(process: str, words: str) -> None:
+            while True:
+                event = await events.get()
+                if event.process == process and words in f"{event.phase} {event.detail}":
+                    return
+
+        pid = cluster.pids["decode-0"]
+        await until("decode-0", "ready")
+        cluster.kill("decode-0", signal.SIGSTOP)
+        await until("decode-0", f"pid {pid} lives, and is killed after 12 s")
+        cluster.kill("decode-0", signal.SIGCONT)
+        await until("decode-0", "it answers again")
+        cluster.kill("decode-0", signal.SIGSTOP)
+        await until("decode-0", f"pid {pid} is killed")
+        await until("decode-0", "died of SIGKILL; starts again")
+        await until("decode-0", "ready")
+
+
 async def test_a_process_that_ends_badly_is_told():
     def on_event(event: Event) -> None:
         if (event.process, event.phase) == ("decode-0", "stopping"):
@@ -299,7 +326,7 @@ def test_a_killed_worker_is_shown_and_started_again():
         it.until(r"frontend [\d.]+:\d+")
         (decode,) = [p for p in it.children() if "decode" in p.cmdline()]
         decode.kill()
-        it.until(r"decode-0: died was ended by SIGKILL; starts again in 0.5 s")
+        it.until(r"decode-0: died of SIGKILL; starts again in 0.5 s")
         it.until(r"(?s)died.*decode-0: ready")
         it.process.send_signal(signal.SIGTERM)
         assert it.rest() == 0, it.said
