@@ -48,7 +48,7 @@ demo: install ## The whole system, once: prefill and decode apart (MODEL=tiny-de
 up: install model ## A cluster on this machine, until Ctrl-C
 	$(BIN)/tandem up $(ARGS)
 
-test: install-dev model ## All tests
+test: install-dev model ## All tests (ARGS="-n 2": in two processes)
 	$(BIN)/python -m pytest $(ARGS)
 
 simulate: install-dev ## Seeded histories: the tests that play them, or SEEDS=N whole clusters on JOBS=2 cores
