@@ -17,13 +17,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, beginning: Beginning) -> None:
         self._beginning = beginning
         self._cluster = beginning.cluster
+        self._most_messages = beginning.settings.max_messages
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
         """The whole answer; see inference.proto."""
         arrived = self._cluster.clock()
-        asked = wire.asked_from(request)
+        asked = wire.asked_from(request, self._most_messages)
         with self._beginning.named(asked.request_id) as request_id:
             live, prepared = await self._begin(asked, request_id, arrived, context)
             try:
@@ -47,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
         """The answer as it comes; see inference.proto."""
         arrived = self._cluster.clock()
-        asked = wire.asked_from(request.request)
+        asked = wire.asked_from(request.request, self._most_messages)
         with self._beginning.named(asked.request_id) as request_id:
             live, prepared = await self._begin(asked, request_id, arrived, context)
             try:

@@ -167,6 +167,13 @@ def check_input(asked: Input | None, vocabulary: int) -> Input:
     return asked
 
 
+def check_messages(field: str, count: int, most: int) -> None:
+    """Of a conversation, before any of it is looked at. Raises InvalidRequestError."""
+    if count > most:
+        allowed = f"at most {most} (frontend.max_messages)"
+        raise InvalidRequestError(field, f"{count} messages", allowed)
+
+
 def check_length(asked: Input, context_tokens: int, characters_per_token: int) -> None:
     """Text that can hardly fit is not tokenized to find out. Raises InvalidRequestError."""
     match asked:
@@ -188,8 +195,9 @@ def check_length(asked: Input, context_tokens: int, characters_per_token: int) -
 
 
 def _characters(turn: Turn) -> int:
-    calls = sum(len(call.arguments) for call in turn.calls)
-    return len(turn.content or "") + len(turn.reasoning or "") + calls
+    names = len(turn.role) + len(turn.name) + len(turn.call_id)
+    calls = sum(len(call.id) + len(call.name) + len(call.arguments) for call in turn.calls)
+    return len(turn.content or "") + len(turn.reasoning or "") + names + calls
 
 
 def check_priority(priority: int) -> None:

@@ -21,7 +21,7 @@ from services.frontend.events import DecodeOutput, Placement, PrefillDone, Worke
 from services.frontend.request import Request
 from services.frontend.served import ServedAdapter, ServedModel
 from services.frontend.usage import cached_tokens
-from services.frontend.validate import Asked, AskedSampling, Prompt, Tokens
+from services.frontend.validate import Asked, AskedSampling, Prompt, Tokens, check_messages
 from services.runtime.errors import DeadlineError, TandemError, WorkerLostError, by_reason, from_rpc
 from tandem.coordinator.v1 import coordinator_pb2
 from tandem.decode.v1 import decode_pb2
@@ -49,13 +49,17 @@ _OPTIONAL = (
 # From clients
 
 
-def asked_from(message: inference_pb2.GenerateRequest) -> Asked:
-    """What the client sent, unchecked. Raises InvalidRequestError for a guide without a form."""
+def asked_from(message: inference_pb2.GenerateRequest, most_messages: int) -> Asked:
+    """What the client sent, unchecked.
+
+    Raises InvalidRequestError for a guide without a form, and for too many messages.
+    """
     asked: Prompt | Chat | Tokens | None = None
     match message.WhichOneof("input"):
         case "prompt":
             asked = Prompt(message.prompt)
         case "chat":
+            check_messages("chat.messages", len(message.chat.messages), most_messages)
             asked = Chat(tuple(Turn(m.role, m.content) for m in message.chat.messages))
         case "tokens":
             asked = Tokens(tuple(message.tokens.token_ids))

@@ -723,6 +723,28 @@ async def test_what_is_the_requests_own_is_said_at_once_and_blames_no_worker(wor
     assert (report.failed_worker, report.failure) == ("", reason)
 
 
+def conversation(*texts: str) -> inference_pb2.GenerateRequest:
+    turns = [inference_pb2.ChatMessage(role="user", content=text) for text in texts]
+    return inference_pb2.GenerateRequest(chat=inference_pb2.ChatInput(messages=turns))
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "allowed"),
+    [
+        (ask("a" * 641), "prompt", "frontend.characters_per_token"),
+        (conversation("a" * 400, "a" * 241), "chat.messages", "frontend.characters_per_token"),
+        (conversation(*9 * [""]), "chat.messages", "at most 8 (frontend.max_messages)"),
+    ],
+)
+async def test_what_can_hardly_fit_is_refused_before_it_is_tokenized(asked, field, allowed):
+    async with a_world(characters_per_token=10, max_messages=8) as world:
+        await world.add_decode("d0")
+        error = from_rpc(await failure(world.whole(asked)))
+        assert (error.reason, error.metadata["field"]) == ("INVALID_REQUEST", field)
+        assert allowed in error.message
+        assert not world.model.threads
+
+
 async def test_a_first_token_that_ends_the_request_cancels_decode(world):
     world.prefill["p0"].finish = STOP
     answer = await world.whole(ask())
