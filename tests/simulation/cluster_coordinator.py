@@ -210,7 +210,7 @@ class Coordinator(Process):
         self.net.count[f"refused: {refusal.reason.value}"] += 1
         if refusal.reason is m.Reason.OVERLOADED:
             assert len(self.core.desk.queue) >= self.rules.queue_limit, "there was room to wait"
-        if refusal.reason is m.Reason.SLO_UNATTAINABLE:
+        if "limit" in refusal.metadata:
             self._check_early(asked, refusal)
         if refusal.reason is m.Reason.NO_WORKERS:
             hopes = [

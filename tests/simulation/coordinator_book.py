@@ -170,7 +170,7 @@ class Book:
             assert len(self.core.desk.queue) == self.rules.queue_limit
             assert 1 <= refusal.retry_seconds <= 30
         elif refusal.reason is m.Reason.DEADLINE:
-            assert self.now >= asked.deadline
+            assert self.now >= asked.deadline or refusal.metadata["limit"] == "deadline"
         elif refusal.reason is m.Reason.SLO_UNATTAINABLE:
             assert self.now < asked.deadline, "without a limit nothing is out of reach"
         else:

@@ -13,7 +13,7 @@ A kind: workers whose figures may stand for each other's, one model, KV layout a
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.coordinator.core.fits import PromptFit, StepFit
 from services.coordinator.core.lengths import Fastest, Usual
@@ -282,6 +282,8 @@ def unattainable(
 ) -> Refusal | None:
     """Refuses early what can't be had any more; None if it may be.
 
+    With SLO_UNATTAINABLE for a limit, with DEADLINE where there is only that.
+
     `least` is a forecast with nothing in it that may turn out not to be: see `Predictor.floor`, and
     `Queue.ahead`. Limits as in PlaceRequest, 0 for none; `remaining` are seconds to the deadline.
     A limit has to be missed by OPTIMISM times, since to refuse what could have been met is worse
@@ -292,9 +294,10 @@ def unattainable(
         words = f"the first token is expected in {_said(least)}, not within {ttft_limit:.3g} s"
         return _refusal(words, "ttft_seconds", ttft, ttft_limit, _when(least, ttft_limit))
     if remaining is not None and ttft / OPTIMISM > remaining:
-        words = f"the first token is expected in {_said(least)}, after the deadline, "
-        words += f"which is in {remaining:.3g} s"
-        return _refusal(words, "deadline", ttft, remaining, _when(least, remaining))
+        words = f"the deadline can't be met: of the request's time {remaining:.3g} s are left, "
+        words += f"and the first token is expected in {_said(least)}"
+        refused = _refusal(words, "deadline", ttft, remaining, _when(least, remaining))
+        return replace(refused, reason=Reason.DEADLINE)
     if itl_limit > 0 and least.itl_seconds / OPTIMISM > itl_limit:
         words = (
             f"tokens are expected {1e3 * least.itl_seconds:.3g} ms apart at best, not within "

@@ -159,8 +159,8 @@ class TestServiceLevel:
         cluster.worker("decode-0", stats=rate(100))
         self.learn(cluster)
         refused = cluster.refuse(1000, timeout=2.0)
-        assert refused.reason is m.Reason.SLO_UNATTAINABLE
-        assert "after the deadline" in refused.message
+        assert refused.reason is m.Reason.DEADLINE
+        assert "of the request's time 2 s are left" in refused.message
         assert cluster.place(1000, timeout=9.0)
 
     def test_what_a_peer_holds_need_not_be_computed(self, cluster, make_keys):
