@@ -31,7 +31,9 @@ def allowed(field: FieldInfo) -> str:
     if is_tuple(field):
         least = next((m.min_length for m in field.metadata if isinstance(m, MinLen)), 0)
         some = f" (at least {least})" if least else ""
-        choices = _choices(get_args(field.annotation)[0])
+        each = get_args(field.annotation)[0]
+        kinds = [m.description for m in get_args(each)[1:] if isinstance(m, FieldInfo)]
+        choices = _choices(each) or next(filter(None, kinds), "")
         return f"a list{some} of: {choices}" if choices else f"a list{some} of texts"
     if get_origin(field.annotation) is Literal:
         return f"one of: {_choices(field.annotation)}"

@@ -23,7 +23,7 @@ TenantWeight = Annotated[
 ]
 TenantRegions = Annotated[str, Field(pattern=r"^[^=+,\s]+=([^=+,\s]+(\+[^=+,\s]+)*)?$")]
 """tenant=region+region; no region: nowhere."""
-Address = Annotated[str, Field(pattern=r"^[^,\s]+:[0-9]+$")]
+Address = Annotated[str, Field(pattern=r"^[^,\s]+:[0-9]+$", description="host:port")]
 
 
 def _split(value: object) -> object:
@@ -37,7 +37,9 @@ Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 
 
 ANY_WORKER = "workers"
-WeightsSource = Annotated[str, Field(pattern=r"^(workers|[^,\s]+:[0-9]+)$")]
+WeightsSource = Annotated[
+    str, Field(pattern=r"^(workers|[^,\s]+:[0-9]+)$", description="host:port, or workers")
+]
 """host:port, or ANY_WORKER."""
 
 AnswerFormatName = Literal[
@@ -363,10 +365,11 @@ class CoordinatorSettings(_Section):
 
     lease_seconds: Seconds = Field(3.0, description="A worker not heard of for this long is gone.")
     worker_wait_seconds: float = Field(
-        10.0,
+        60.0,
         ge=0,
         description="When a model has lost its last decode worker, its requests wait this long for "
-        "one to come back before they are refused.",
+        "one to come back, and never beyond their deadlines, before they are refused. More than it "
+        "takes to start a worker.",
     )
     queue_limit: int = Field(1024, ge=0, description="Requests that may wait for room.")
     queue_patience_seconds: Seconds = Field(
