@@ -156,7 +156,7 @@ async def _unload(coordinator: str, name: str, only: Sequence[str]) -> None:
         for worker, leaving in told:
             if isinstance(leaving, list):
                 requests = sum(adapter.requests for adapter in leaving)
-                when = f"when {requests} requests have ended" if requests else "at once"
+                when = f"when its requests have ended ({requests} now)" if requests else "at once"
                 print(printable(f"{worker.worker_id}: {name} goes {when}"))
         gone = {w.worker_id for w, leaving in told if isinstance(leaving, list)}
 

@@ -15,13 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pydantic import BaseModel
+
 from cli.child import Child, ChildFailedError
 from cli.etcd import EtcdChild
 from cli.gateway import GatewayChild
 from cli.output import CommandError
 from cli.silence import silences
 from services.runtime.load import Given, load
-from services.runtime.settings import WorkerProcess
+from services.runtime.settings import CoordinatorProcess, FrontendProcess, WorkerProcess
 
 READY_SECONDS = 180.0
 """Loading a model may take a while, on a slow disk or a busy machine."""
@@ -67,6 +69,12 @@ def _members(role: str, count: int, port: int) -> list[_Member]:
 
 _WORKERS = ("prefill", "decode", "both")
 _STARTS = (("etcd",), ("coordinator",), ("frontend", *_WORKERS), ("gateway",))
+_PROCESSES: dict[str, type[BaseModel]] = {
+    "coordinator": CoordinatorProcess,
+    "frontend": FrontendProcess,
+    **dict.fromkeys(_WORKERS, WorkerProcess),
+}
+"""Roles with settings, and whose."""
 _NO_HEALTH = ("etcd", "gateway")
 """Who answers no questions about its health by gRPC."""
 _ENDS = (("gateway",), ("frontend",), _WORKERS, ("coordinator",), ("etcd",))
@@ -79,7 +87,7 @@ class LocalCluster:
     Processes are "etcd", "coordinator", "gateway", "frontend" (numbered if there are several:
     "frontend-0"...), "prefill-0", "decode-0", "both-0"...; worker ids are
     these names, a dash and a random suffix. `settings` ("section.key" to value) go to all of
-    them, over `config` and the environment, and `own` to single ones, by name. Ports are free ones
+    them, over `config` and the environment, and `own` to some, by role or name. Ports are free ones
     unless asked for (the first of several has it, the next ones those behind it); all but workers
     keep theirs when restarted. With `etcd`, coordinators are found there. With `gateway`, the
     program, there is one before the frontends. `restart` brings dead processes back, with backoff,
@@ -287,10 +295,13 @@ class LocalCluster:
             known = [] if self.etcd_data else self.addresses("coordinator")
             named["worker.coordinator"] = named["frontend.coordinator"] = ",".join(known)
             named["worker.name"] = member.name
-        settings = self._settings | named | dict(self._own.get(member.name, {}))
+        settings = self._settings | named | self._own_of(member.role) | self._own_of(member.name)
         config = ["--config", str(self._config)] if self._config else []
         sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
         return [member.role, *config, *sets]
+
+    def _own_of(self, name: str) -> dict[str, str]:
+        return dict(self._own.get(name, {}))
 
     def _port(self, member: _Member) -> int:
         """Workers take a new one with each start; others keep theirs."""
@@ -366,6 +377,9 @@ class LocalCluster:
         """
         environment = os.environ if self._environment is None else self._environment
         flags = [Given(k, v, f"--set {k}={v}") for k, v in self._settings.items()]
+        for role, process in _PROCESSES.items():
+            own = [Given(k, v, f"--set {role}:{k}={v}") for k, v in self._own_of(role).items()]
+            load(process, self._config, environment, [*flags, *own])
         worker, _ = load(WorkerProcess, self._config, environment, flags)
         if worker.engine.threads == 0:
             self._settings["engine.threads"] = str(max(1, cpus() // max(1, workers)))

@@ -127,7 +127,7 @@ async def demo(show: Show, stop: Stop) -> int:
             prefill=show.prefill,
             decode=show.decode,
             settings=settings,
-            own={f"decode-{i}": decode for i in range(show.decode)},
+            own={"decode": decode},
             config=show.config,
             gateway=gateway.program(),
             on_event=screen.event,

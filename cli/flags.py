@@ -12,6 +12,12 @@ from services.runtime.load import CONFIG_VARIABLE, Given, load, parse_flag
 from services.runtime.server import EVERYWHERE
 from services.runtime.settings import CoordinatorProcess, FrontendProcess
 
+MAX_TEXT_BYTES = 2**18
+"""Of a form's text: the upper bound of frontend.guide_bytes."""
+
+ROLES = ("coordinator", "frontend", "prefill", "decode", "both")
+"""Of the processes of a cluster that have settings."""
+
 COORDINATOR_KEY = {"frontend": "frontend.coordinator"}
 """The setting that names the coordinator, where it is not worker.coordinator."""
 
@@ -57,6 +63,25 @@ def texts(
     return {flag.key: str(flag.value) for flag in flags}
 
 
+def by_role(sets: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Splits `--set` flags: those for all processes, and ROLE:SECTION.KEY=VALUE by role.
+
+    Raises UsageError, SettingsError.
+    """
+    shared: list[str] = []
+    own: dict[str, dict[str, str]] = {}
+    for text in sets:
+        role, colon, setting = text.partition(":")
+        if not colon or "=" in role:
+            shared.append(text)
+        elif role not in ROLES:
+            raise UsageError(f"--set {text}: {role} is none of {', '.join(ROLES)}")
+        else:
+            flag = parse_flag(setting)
+            own.setdefault(role, {})[flag.key] = str(flag.value)
+    return shared, own
+
+
 def ports(file: Path | None, environment: Mapping[str, str]) -> tuple[int, int]:
     """Of frontend and coordinator, as the settings have them."""
     frontend, _ = load(FrontendProcess, file, environment)
@@ -93,6 +118,9 @@ def form(
     json_object: bool,
 ) -> Form | None:
     """What the answer must look like, if anything was asked for. Raises UsageError."""
+    for flag, texts in (("--regex", [regex or ""]), ("--choice", choices)):
+        if not all(map(_is_text, texts)):
+            raise UsageError(f"{flag}: expected UTF-8")
     found = [
         *([Form("json_schema", (_text("--json-schema", json_schema),))] if json_schema else []),
         *([Form("grammar", (_text("--grammar", grammar),))] if grammar else []),
@@ -108,9 +136,25 @@ def form(
 
 def _text(flag: str, file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            # Some files have no end.
+            content = opened.read(MAX_TEXT_BYTES + 1)
+        text = content[:MAX_TEXT_BYTES].decode()
     except (OSError, ValueError) as error:
         raise UsageError(f"{flag}: {file} can't be read: {error}") from error
+    if len(content) > MAX_TEXT_BYTES:
+        most = f"{MAX_TEXT_BYTES} bytes, the most that any frontend takes (frontend.guide_bytes)"
+        raise UsageError(f"{flag}: {file} has more than {most}")
+    return text
+
+
+def _is_text(argument: str) -> bool:
+    """Not bytes of some other encoding, which Python takes for half a character."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def config(file: Path | None, environment: Mapping[str, str]) -> Path | None:

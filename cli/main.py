@@ -23,11 +23,13 @@ from cli.output import INTERRUPTED, fail, plain_errors
 # abort the child before it is another program; and nothing here goes on with gRPC after a fork.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-EPILOG = """
-Exit status: 0 all went well, 1 it failed (the words say why), 2 a flag or setting is wrong,
-3 the server can't be reached, 130 interrupted. Settings also come from a TOML file (--config or
-TANDEM_CONFIG) and from variables such as TANDEM_ENGINE__THREADS=2; `tandem settings` lists them.
-"""
+EPILOG = (
+    "Exit status: 0 all went well, 1 it failed (the words say why), 2 a flag or setting is wrong, "
+    "3 the server can't be reached, 130 interrupted. Settings also come from a TOML file (--config "
+    "or TANDEM_CONFIG) and from variables such as TANDEM_ENGINE__THREADS=2; `tandem settings` "
+    "lists them."
+)
+"""One line: the terminal's width breaks it."""
 
 LAZY = {
     "models": ("cli.models", "Fetch, check and list models."),
@@ -75,6 +77,7 @@ Address = Annotated[
         "--address", "-a", metavar="HOST:PORT", help="Frontend. Default: as settings say."
     ),
 ]
+MOST_PORT = 65535
 Prefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.")]
 Decode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.")]
 Engine = Annotated[
@@ -134,7 +137,10 @@ def serve(
     config: Config = None,
     sets: Set = [],  # noqa: B006 - typer copies it
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_PORT, help="Port to listen on; 0 takes a free one."),
+    ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where coordinators are; several with commas."),
@@ -184,10 +190,16 @@ def up(
     both: Annotated[int, typer.Option(min=0, help="Workers that are both.")] = 0,
     model: Model = None,
     port: Annotated[
-        int | None, typer.Option(help="Of the frontend. Default: 7400; 0 takes a free one.")
+        int | None,
+        typer.Option(
+            min=0, max=MOST_PORT, help="Of the frontend. Default: 7400; 0 takes a free one."
+        ),
     ] = None,
     coordinator_port: Annotated[
-        int | None, typer.Option(help="Of the coordinator. Default: 7450; 0 takes a free one.")
+        int | None,
+        typer.Option(
+            min=0, max=MOST_PORT, help="Of the coordinator. Default: 7450; 0 takes a free one."
+        ),
     ] = None,
     coordinators: Annotated[
         int, typer.Option(min=1, help="Coordinators; their ports follow the first one's.")
@@ -203,13 +215,26 @@ def up(
     ] = True,
     gateway_port: Annotated[
         int | None,
-        typer.Option(help="Of the gateway. Default: 7480, or with --port 0 a free one."),
+        typer.Option(
+            min=0, max=MOST_PORT, help="Of the gateway. Default: 7480, or with --port 0 a free one."
+        ),
     ] = None,
     engine: Engine = None,
     transport: OneTransport = None,
     config: Config = None,
-    sets: Set = [],  # noqa: B006
-    restart: Annotated[bool, typer.Option(help="Start processes again that die.")] = True,
+    sets: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="[ROLE:]SECTION.KEY=VALUE",
+            help="A setting, of all processes or of those of a role; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    restart: Annotated[
+        bool,
+        typer.Option(help="Start processes again that die, or that answer nothing for a minute."),
+    ] = True,
     logs: Annotated[
         Path | None,
         typer.Option(
@@ -224,6 +249,7 @@ def up(
     \b
     tandem up --prefill 2 --decode 2
     tandem up --prefill 1 --decode 2 --set worker.can_be=prefill,decode
+    tandem up --model tiny-deepseek --set decode:engine.ranks=2
     tandem up --model ~/models/Llama-3.2-1B --set engine.kv_memory_mib=2048
     tandem up --engine scripted --set engine.scripted_step_seconds=0.02
     tandem up --transport nixl
@@ -241,7 +267,8 @@ def up(
             raise typer.BadParameter("some worker has to decode: --decode or --both")
         file = flags.config(config, os.environ)
         frontend, coordinator = flags.ports(file, os.environ)
-        chosen = flags.texts(sets, model, engine, transport)
+        shared, own = flags.by_role(sets)
+        chosen = flags.texts(shared, model, engine, transport)
         prepare(file, os.environ, chosen, fetch=False)
         port = frontend if port is None else port
         if gateway_port is None:
@@ -261,6 +288,7 @@ def up(
             etcd=etcd,
             gateway=http.program() if gateway else None,
             gateway_port=gateway_port,
+            own=own,
         )
         raise typer.Exit(process.run(lambda stop: run_up(plan, stop)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to start; see LocalCluster."""
+    """What to start; see LocalCluster. `own`: settings by role."""
 
     prefill: int
     decode: int
@@ -37,6 +37,7 @@ class Plan:
     etcd: bool = False
     gateway: Path | None = None
     gateway_port: int = 0
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 async def up(plan: Plan, stop: Stop) -> int:
@@ -57,6 +58,7 @@ async def _run(plan: Plan, stop: Stop, screen: Screen) -> int:
         frontends=plan.frontends,
         etcd=plan.etcd,
         settings=plan.settings,
+        own=plan.own,
         config=plan.config,
         frontend_port=plan.port,
         coordinator_port=plan.coordinator_port,

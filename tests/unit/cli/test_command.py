@@ -65,6 +65,11 @@ def test_the_settings_file_of_the_environment(tmp_path):
     assert f"from file {file}" in tandem("settings", "decode", TANDEM_CONFIG=str(file)).stdout
 
 
+def test_settings_of_a_role_are_told_from_those_of_all():
+    sets = ["engine.threads=1", "decode:engine.ranks=2", "frontend.coordinator=h:7450"]
+    assert flags.by_role(sets) == ([sets[0], sets[2]], {"decode": {"engine.ranks": "2"}})
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
@@ -75,6 +80,13 @@ def test_the_settings_file_of_the_environment(tmp_path):
         (["up", "--engine", "warp"], {}, "one of: torch, scripted"),
         (["demo", "--config", "absent.toml"], {}, "absent.toml: No such file"),
         (["serve", "gateway"], {}, "gateway"),
+        (["up", "--port", "-4"], {}, "--port"),
+        (["up", "--set", "coordinator.lease_seconds=0"], {}, "a number above 0"),
+        (["up", "--set", "frontend.coordinator=nonsense"], {}, "a list of: host:port"),
+        (["up", "--set", "decoding:engine.ranks=2"], {}, "decoding is none of coordinator,"),
+        (["up", "--set", "decode:engine.ranks=x"], {}, "(--set decode:engine.ranks=x)"),
+        (["generate", "hello", "--regex", os.fsdecode(b"a\xff")], {}, "--regex: expected UTF-8"),
+        (["generate", "hello", "--json-schema", "/dev/zero"], {}, "262144 bytes, the most that"),
     ],
 )
 def test_wrong_flags_and_settings_exit_with_2(arguments, environment, words):
