@@ -49,6 +49,7 @@ def cluster(status: Status) -> RenderableType:
         table.add_row(*row, style="yellow" if _state(worker) else "")
     remarks = [f"{w.worker_id} {_state(w)}" for w in status.workers if _state(w)]
     more = (
+        *ranks(status),
         *transports(status),
         *tiers(status),
         *adapters(status),
@@ -67,11 +68,12 @@ def _plain(text: str, style: str = "") -> Text:
 def summary(status: Status) -> str:
     """One line of all."""
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(status.refused.items()))
+    moved = status.kv_bytes_gone + sum(sum(w.kv_bytes.values()) for w in status.workers)
     return one_line(
         f"{len(status.workers)} workers, "
         f"{sum(w.running for w in status.workers)} running, {status.queued} queued; "
         f"{status.placed} placed, {refused or 'none'} refused, "
-        f"{size(sum(sum(w.kv_bytes.values()) for w in status.workers))} of KV moved; "
+        f"{size(moved)} of KV moved; "
         f"coordinator up {duration(status.uptime_seconds)}"
     )
 
@@ -88,6 +90,19 @@ def transports(status: Status) -> list[str]:
         why = "; ".join(dict.fromkeys(p.why for p in parts if p.why))
         lines.append(_moved(name, total(parts)) + (f" ({why})" if why else ""))
     return lines
+
+
+def ranks(status: Status) -> list[str]:
+    """A line for each worker of several data-parallel ranks: what each of them has."""
+    return [
+        f"{worker.worker_id} ranks: "
+        + ", ".join(
+            f"{number}: {rank.running} run, {rank.waiting} wait, {rank.free_blocks} blocks free"
+            for number, rank in enumerate(worker.ranks)
+        )
+        for worker in status.workers
+        if len(worker.ranks) > 1
+    ]
 
 
 def tiers(status: Status) -> list[str]:

@@ -396,6 +396,7 @@ def status_to(core: Core, coordinator_id: str, now: float) -> pb.GetStatusRespon
         placed=core.desk.placed,
         refused={reason.value: count for reason, count in core.desk.refused.items()},
         uptime_seconds=now - core.started,
+        kv_bytes_gone=core.kv_bytes_gone,
     )
 
 

@@ -122,6 +122,15 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Rank:
+    """A data-parallel rank of a worker; fields as in RankStats."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """One worker as the coordinator sees it; fields as WorkerInfo and WorkerStats."""
 
@@ -160,6 +169,8 @@ class Worker:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     decode_steps: int = 0
+    ranks: tuple[Rank, ...] = ()
+    """Its data-parallel ranks, in order; none: it is one."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -183,6 +194,8 @@ class Status:
     placed: int
     refused: dict[str, int]
     uptime_seconds: float
+    kv_bytes_gone: int = 0
+    """Fetched by workers that are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +273,7 @@ class Client:
             placed=answer.placed,
             refused=dict(answer.refused),
             uptime_seconds=answer.uptime_seconds,
+            kv_bytes_gone=answer.kv_bytes_gone,
         )
 
     async def adapters(self, worker: str) -> list[HeldAdapter]:
@@ -467,6 +481,7 @@ def _worker(worker: coordinator_pb2.WorkerStatus) -> Worker:
         ),
         avoided=worker.avoided,
         adapters=tuple(stats.adapters),
+        ranks=tuple(Rank(r.running, r.waiting, r.free_blocks) for r in stats.ranks),
     )
 
 

@@ -57,6 +57,8 @@ class Core:
         self.decides = True
         """Of several coordinators, the one that has workers change roles."""
         self.started = now
+        self.kv_bytes_gone = 0
+        """Fetched by workers that have left."""
         view = View(self.index, self.predictor, Regions(rules.region_seconds), Sessions())
         self.desk = Desk(rules, self.members, self.pools, view, now, draw)
         self._out = self.desk.out
@@ -223,6 +225,7 @@ class Core:
 
     def _leave(self, worker: Worker, why: str, now: float, *, tell: bool = True) -> None:
         worker.signal(Signal.LOST)
+        self.kv_bytes_gone += sum(worker.load.stats.kv_bytes.values())
         self.desk.misses(worker, now)
         self.pools.put(worker)
         self.members.remove(worker)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cli import view
 from kvtransfer.observe import Figures, Traffic
-from services.runtime.client import Status, Worker
+from services.runtime.client import Rank, Status, Worker
 
 WHY = "shm fits; not nixl: NIXL is not installed"
 
@@ -62,6 +62,19 @@ def test_a_name_that_does_not_say_its_role_gets_it():
 )
 def test_a_worker_that_is_not_simply_up(more, state):
     assert f"prefill-0-a1b2c3 {state}" in shown(status(worker("prefill-0", **more)), 80)
+
+
+def test_ranks_of_a_worker_are_shown_one_by_one():
+    ranks = (Rank(running=3, waiting=1, free_blocks=80), Rank(running=0, waiting=0, free_blocks=99))
+    assert (
+        "decode-0-a1b2c3 ranks: 0: 3 run, 1 wait, 80 blocks free, 1: 0 run, 0 wait, 99 blocks free"
+    ) in shown(status(worker("decode-0", ranks=ranks)), 120)
+    assert "ranks" not in "".join(shown(status(worker("decode-0", ranks=ranks[:1])), 120))
+
+
+def test_what_workers_that_are_gone_had_moved_still_counts():
+    gone = dataclasses.replace(status(worker("decode-0")), kv_bytes_gone=3 * 2**20)
+    assert "8.0 MiB of KV moved" in view.summary(gone)
 
 
 def test_which_transports_are_offered_were_used_and_why():

@@ -134,6 +134,12 @@ class TestWorkers:
         cluster.beat("decode-0", running=10)
         assert ticket not in cluster.answers
 
+    def test_what_a_worker_that_left_had_moved_is_not_forgotten(self, cluster):
+        cluster.worker("decode-0")
+        cluster.beat("decode-0", kv_bytes={"shm": 640, "tcp": 2})
+        cluster.do(m.StreamLost(cluster.streams["decode-0"]))
+        assert cluster.core.kv_bytes_gone == 642
+
     @pytest.mark.parametrize("reason", ["GUIDE_FAILED", "ADAPTER_FAILED", "INVALID_REQUEST"])
     def test_what_a_client_can_cause_says_nothing_of_a_worker(self, cluster, reason):
         cluster.worker("decode-0")

@@ -1553,6 +1553,7 @@ class GetStatusResponse(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    KV_BYTES_GONE_FIELD_NUMBER: _builtins.int
     coordinator_id: _builtins.str
     """New for each start of the coordinator."""
     queued: _builtins.int
@@ -1561,6 +1562,8 @@ class GetStatusResponse(_message.Message):
     """Requests placed since start."""
     uptime_seconds: _builtins.float
     """Seconds since start."""
+    kv_bytes_gone: _builtins.int
+    """KV bytes that workers had fetched which are gone since start."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """By id."""
@@ -1583,10 +1586,11 @@ class GetStatusResponse(_message.Message):
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         uptime_seconds: _builtins.float = ...,
         peers: _abc.Iterable[_builtins.str] | None = ...,
+        kv_bytes_gone: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "peers", b"peers", "placed", b"placed", "queued", b"queued", "refused", b"refused", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_id", b"coordinator_id", "kv_bytes_gone", b"kv_bytes_gone", "peers", b"peers", "placed", b"placed", "queued", b"queued", "refused", b"refused", "uptime_seconds", b"uptime_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
