@@ -69,7 +69,7 @@ def _parsed(field: str, text: str) -> object:
     except ValueError as error:
         raise InvalidRequestError(field, text, f"must be JSON: {error}") from None
     if not isinstance(schema, dict) and schema is not True:
-        raise InvalidRequestError(field, schema, "a JSON schema is an object, or true")
+        raise InvalidRequestError(field, text, "a JSON schema is an object, or true")
     return schema
 
 

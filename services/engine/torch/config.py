@@ -8,7 +8,7 @@ from pathlib import Path
 
 from services.engine.models.errors import UnsupportedModelError
 from services.engine.torch import families
-from services.engine.torch.fields import Found, expect, flag, number, vectors, whole
+from services.engine.torch.fields import CONFIG, Found, expect, flag, number, vectors, whole
 from services.engine.torch.rope import Rope, read_rope
 from services.engine.torch.shapes import GroupedShape, MlaShape, MoeShape
 
@@ -45,12 +45,20 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, path: Path) -> ModelConfig:
         """Reads `path`/config.json. Raises UnsupportedModelError, which names the key."""
-        file = path / "config.json"
+        file = path / CONFIG
         try:
             found = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise UnsupportedModelError(f"{file}: {error}", file=file) from error
-        return cls.from_dict(found)
+        if not isinstance(found, dict):
+            raise UnsupportedModelError(f"{file}: expected a JSON object", file=file)
+        try:
+            return cls.from_dict(found)
+        except UnsupportedModelError as error:
+            words = error.message.removeprefix(f"{CONFIG}: ")
+            raise UnsupportedModelError(
+                f"{file}: {words}", **{**error.metadata, "file": file}
+            ) from error
 
     @classmethod
     def from_dict(cls, found: Found) -> ModelConfig:

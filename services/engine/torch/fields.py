@@ -9,12 +9,13 @@ from services.engine.models.errors import UnsupportedModelError
 
 Found = Mapping[str, Any]
 
+CONFIG = "config.json"
+
 
 def unsupported(key: str, value: object, allowed: str) -> UnsupportedModelError:
-    """The error for a value that is not among the allowed ones."""
-    return UnsupportedModelError(
-        f"config.json: {key}={value!r} is not supported; expected {allowed}", key=key, value=value
-    )
+    """The error for a value that is not among the allowed ones; None: there is none."""
+    what = f"{key} is missing" if value is None else f"{key}={value!r} is not supported"
+    return UnsupportedModelError(f"{CONFIG}: {what}; expected {allowed}", key=key, value=value)
 
 
 def expect(found: Found, key: str, *allowed: object) -> Any:

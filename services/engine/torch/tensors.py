@@ -47,6 +47,10 @@ class TensorFiles:
                 raise UnsupportedModelError(f"{self._folder / name}: {error}") from error
         return self._files[name]
 
+    def _bad(self, name: str, why: str) -> UnsupportedModelError:
+        file = self._folder / self._where[name]
+        return UnsupportedModelError(f"{file}: {name}: {why}", file=file, tensor=name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
@@ -56,9 +60,7 @@ class TensorFiles:
             raise UnsupportedModelError(f"{self._folder}: no tensor {name}", tensor=name)
         found: torch.Tensor = self._open(self._where[name]).get_tensor(name)
         if tuple(found.shape) != shape:
-            raise UnsupportedModelError(
-                f"{name}: shape {tuple(found.shape)}, expected {shape} by config.json", tensor=name
-            )
+            raise self._bad(name, f"shape {tuple(found.shape)}, expected {shape} by config.json")
         return found
 
     def matrix(
@@ -77,7 +79,7 @@ class TensorFiles:
         found = self.get(name, outputs, inputs)[here.start : here.stop]
         if found.dtype != torch.float8_e4m3fn:
             if not found.dtype.is_floating_point or found.element_size() < 2:
-                raise UnsupportedModelError(f"{name}: {found.dtype} is not read", tensor=name)
+                raise self._bad(name, f"{found.dtype} is not read")
             return found.to(dtype)
         rows, columns = self._block
         shape = -(-outputs // rows), -(-inputs // columns)

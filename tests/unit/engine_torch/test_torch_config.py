@@ -71,6 +71,23 @@ def test_refuses_folders_without_a_readable_config(tmp_path):
         ModelConfig.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "expected a JSON object"),
+        ({"hidden_size": None}, "hidden_size is missing; expected a whole number"),
+        ({"hidden_size": 100}, "hidden_size=100 is not supported"),
+    ],
+)
+def test_says_which_file_it_is_and_that_a_key_is_missing(tmp_path, content, words):
+    file = tmp_path / "config.json"
+    text = content if isinstance(content, str) else json.dumps({**torch_models.TINY, **content})
+    file.write_text(text)
+    with pytest.raises(UnsupportedModelError, match=f"{file}: {words}") as caught:
+        ModelConfig.from_folder(tmp_path)
+    assert caught.value.metadata["file"] == str(file)
+
+
 def test_llama3_scaling_has_three_ranges():
     rope = Rope(10000.0, "llama3", factor=8.0, low=1.0, high=4.0, original_positions=64)
     # 64 positions are 10 turns, 2.5 turns (half way from low to high), and 0.5.
@@ -96,7 +113,7 @@ def test_a_sharded_folder_is_the_same_model(tmp_path):
     ("changes", "words"),
     [
         ({"tie_word_embeddings": False}, r"lm_head\.weight"),
-        ({"vocab_size": 336}, r"expected \(336, 96\)"),
+        ({"vocab_size": 336}, r"model\.safetensors: .*expected \(336, 96\)"),
     ],
 )
 def test_says_which_tensor_is_missing_or_of_another_shape(tmp_path, changes, words):
