@@ -84,7 +84,7 @@ class BracketFormat:
     def after_thought(self, guide, thinking_open):
         return guide
 
-    def parser(self, tools, choice, thinking_open):
+    def parser(self, tools, choice, thinking_open, guided=False):
         return Brackets(thinking_open)
 
     def guide(self, tools, choice, parallel, thinking_open):

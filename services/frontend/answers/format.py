@@ -42,12 +42,16 @@ class AnswerFormat:
         return self.thinks and tail.rstrip().endswith(self._opening)
 
     def parser(
-        self, tools: Sequence[Function], choice: ToolChoice, thinking_open: bool
+        self,
+        tools: Sequence[Function],
+        choice: ToolChoice,
+        thinking_open: bool,
+        guided: bool = False,
     ) -> AnswerParser:
-        """For one answer."""
+        """For one answer. `guided`: it is held to what after_thought() made."""
         calling = choice.calling if tools else Calling.NONE
         spelled = self._spelled
-        if calling in (Calling.REQUIRED, Calling.NAMED):
+        if guided or calling in (Calling.REQUIRED, Calling.NAMED):
             spelled = frozenset(self._family.markers)  # as a guide may have had them written
         if not self.thinks:
             spelled -= {Marker.THOUGHT, Marker.THOUGHT_END}

@@ -23,6 +23,8 @@ from services.runtime.errors import InvalidRequestError, UnknownAdapterError, Un
 REQUEST_ID = "x-request-id"
 """Request metadata; echoed in the answer's."""
 
+DOCUMENTS = frozenset({GuideKind.JSON_SCHEMA, GuideKind.JSON_OBJECT})
+"""Guides to what stands behind a thought."""
 
 GuideOf = Callable[[Sequence[int]], Guide | None]
 
@@ -191,7 +193,9 @@ class Serving:
         if not form.thinks and asking.choice.calling is Calling.NONE:
             return None
         thinks = self.model.thinks_after(prepared.prompt)
-        parser = form.parser(asking.tools, asking.choice, thinks)
+        guide = asking.sampling.guide
+        document = guide is not None and guide.kind in DOCUMENTS
+        parser = form.parser(asking.tools, asking.choice, thinks, document)
         return AnswerText(self.model.detokenizer(marked=True), prepared.stop, parser)
 
     async def echoes(self, asking: Asking, answers: Answers) -> list[str]:

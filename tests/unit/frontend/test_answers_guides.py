@@ -16,7 +16,16 @@ from services.frontend.answers.format import AnswerFormat
 from services.frontend.answers.marks import Marker
 from services.frontend.chat import Calling, Function, ToolChoice
 from services.runtime.errors import InvalidRequestError
-from tests.unit.frontend.answer_world import AUTO, FORMATS, REQUIRED, TOOLS, call, form, read
+from tests.unit.frontend.answer_world import (
+    AUTO,
+    FORMATS,
+    REQUIRED,
+    TOOLS,
+    call,
+    form,
+    joined,
+    read,
+)
 
 EOS = 256
 DONE = "\0"
@@ -118,6 +127,11 @@ def test_json_behind_a_thought() -> None:
         assert read(answers, [text], thinking_open=True)[1] == Content(document)
         assert not follows(after, "So.</think>\n\nx").endswith("x")
         assert form("hermes").after_thought(guide, thinking_open=False) == guide
+    # A guide lets a model spell what its vocabulary has as a token: no part of the document.
+    tokens = form("deepseek_v3", tokens=True, thinks=True)
+    parser = tokens.parser((), ToolChoice(Calling.NONE), False, guided=True)
+    told = parser.push('<think>So.</think>\n\n{"a": "</think>"}') + parser.finish()
+    assert joined(told) == [Reasoning("So."), Content('{"a": "</think>"}')]
     regex = Guide(GuideKind.REGEX, ("a+",))
     assert answers.after_thought(regex, thinking_open=True) == regex
 
