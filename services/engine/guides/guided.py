@@ -25,6 +25,11 @@ Mask = NDArray[np.uint32]
 MASK_SECONDS = 0.25
 """CPU time that a sequence's mask may take, and those behind its drafts together: an ambiguous
 grammar can take any."""
+EACH_SECONDS = 0.01
+"""Of this a sequence may have for each of its masks in the long run: some 20 times what most take.
+All others wait for the slowest of a step."""
+SAVED_SECONDS = 1.0
+"""What a sequence begins with, and may save up: the first masks of a form take the longest."""
 
 PROBLEM_CHARACTERS = 400
 """Of what the library says, which may repeat the whole guide."""
@@ -35,6 +40,18 @@ _QUOTED = re.compile(r"\s*(\d+ \||\^+\s*$)")
 
 # The library's defaults, but for memory: a state takes 1 to 2 kB.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+class _Allowance:
+    """CPU time for masks of one sequence."""
+
+    def __init__(self) -> None:
+        self._left = SAVED_SECONDS
+
+    def spend(self, seconds: float, tokens: int) -> bool:
+        """For the masks of so many tokens, at one time. Whether that was not too much."""
+        self._left = min(SAVED_SECONDS, self._left + EACH_SECONDS * tokens) - seconds
+        return seconds <= MASK_SECONDS and self._left >= 0
 
 
 class Guided:
@@ -76,6 +93,9 @@ class Guided:
         self._consumed = 0
         self._broken = ""
         self._looks = True
+        self._allowance = _Allowance()
+        self._ahead = _Allowance()
+        """For looking ahead, which must not end who would go on without it."""
         self.failure: GuideFailedError | None = None
         """Why the sequence can't go on: set by masks(), which then allows nothing."""
 
@@ -92,9 +112,9 @@ class Guided:
         """
         rows = np.empty((1 + len(drafts), self._vocabulary.words), dtype=np.uint32)
         self.failure = None
-        began = self._clock()
+        began, new = self._clock(), len(self._tokens) - self._consumed
         problem = self._catch_up() or self._fill(rows[0])
-        if not problem and self._clock() - began > MASK_SECONDS:
+        if not self._allowance.spend(self._clock() - began, max(1, new)) and not problem:
             problem = "the grammar takes too long to follow here"
         if problem:
             self.failure = GuideFailedError(problem)
@@ -115,7 +135,7 @@ class Guided:
         else:
             began = self._clock()
             found = not self._fill(rows[0])
-            self._looks = self._clock() - began <= MASK_SECONDS
+            self._looks = self._ahead.spend(self._clock() - began, 1)
         return rows[0] if found else None
 
     def _look_ahead(self, rows: Masks, drafts: Sequence[int], *, last: bool = False) -> int:
@@ -135,13 +155,15 @@ class Guided:
             if last and ahead < len(drafts):
                 continue
             problem = self._fill(rows[filled])
-            self._looks = self._clock() - began <= MASK_SECONDS
-            if not self._looks:
+            if self._clock() - began > MASK_SECONDS:
+                self._looks = False
                 break
             filled += 1
             if problem:
                 rows[filled - 1] = 0
                 break
+        if ahead and self._looks:
+            self._looks = self._ahead.spend(self._clock() - began, filled)
         self._return(ahead)
         return filled
 

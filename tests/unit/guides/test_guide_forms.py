@@ -13,7 +13,7 @@ from llguidance._lib import LLParserLimits
 
 from services.engine.api import Guide, GuideKind
 from services.engine.guides import guided as module
-from services.engine.guides.guided import Guided
+from services.engine.guides.guided import SAVED_SECONDS, Guided
 from services.runtime.errors import GuideFailedError
 from tests.unit.guides.guide_world import (
     EOS,
@@ -294,6 +294,36 @@ class Clock:
     def __call__(self) -> float:
         self.now += self.each
         return self.now
+
+
+@pytest.mark.parametrize(("each", "given_up"), [(0.009, False), (0.05, True), (0.2, True)])
+def test_what_masks_take_is_bounded_over_time(each, given_up):
+    clock = Clock()
+    guided = Guided(VOCABULARY, regex("a*b"), cpu_clock=clock)
+    clock.each = each
+    spent = 0.0
+    for _ in range(300):
+        guided.accept(ids_of("a"))
+        guided.masks()
+        if guided.failure is not None:
+            break
+        spent += each
+    assert (guided.failure is not None) is given_up
+    assert not given_up or SAVED_SECONDS <= spent <= 1.3 * SAVED_SECONDS
+
+
+def test_what_looking_ahead_takes_is_bounded_over_time_and_ends_nothing_else():
+    clock = Clock()
+    guided = Guided(VOCABULARY, regex("a*b"), cpu_clock=clock)
+    looks = 0
+    for _ in range(300):
+        clock.each = 0.03
+        looks += guided.look(ids_of("a")) is not None
+        clock.each = 0.0
+        guided.accept(ids_of("a"))
+        guided.masks()
+        assert guided.failure is None
+    assert 10 <= looks <= 60
 
 
 def test_who_was_slow_at_a_draft_has_no_drafts_any_more_and_goes_on():
