@@ -25,7 +25,7 @@ def pytest_configure() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
-CLUSTERS = ("tests/e2e/", "tests/integration/")
+CLUSTERS = ("tests/conformance/", "tests/e2e/", "tests/integration/")
 """Tests of many processes, which get in each other's way: one after the other, and at once."""
 
 
