@@ -188,6 +188,7 @@ class _Drafts:
 
 def load(model: ModelSettings, engine: EngineSettings, part: Part | None = None) -> LoadedModel:
     """The model that the settings ask for. Raises what resolve() and TorchModel.load() raise."""
+    _check_weights(engine)
     folder = resolve(model)
     share = share_of(part, folder.path, engine)
     loaded = _read(folder, engine, share=share)
@@ -203,6 +204,7 @@ def load_shared(
     model: ModelSettings, engine: EngineSettings, meeting: Meeting
 ) -> tuple[LoadedModel, TensorLead]:
     """Of rank 0 of those that share a model. Raises as load() does, and WorkerLostError."""
+    _check_weights(engine)
     folder = resolve(model)
     share_of(None, folder.path, engine)
     loaded = _read(folder, engine, meeting=meeting)
@@ -220,6 +222,15 @@ def compute_along(
     follow(found, meeting.mesh, AdapterLimits.of(engine))
 
 
+def _check_weights(engine: EngineSettings) -> None:
+    if engine.weights == "int4" and (engine.batch_invariant or engine.dtype != "bfloat16"):
+        raise SettingsError(
+            "engine.weights: int4 needs engine.dtype=bfloat16 and engine.batch_invariant=false: "
+            "its products round differently with the number of rows, so requests can't be resumed "
+            "with exactly the same tokens"
+        )
+
+
 def _read(
     folder: ModelFolder,
     engine: EngineSettings,
@@ -227,13 +238,6 @@ def _read(
     share: ExpertShare | None = None,
     meeting: Meeting | None = None,
 ) -> TorchModel:
-    int4 = engine.weights == "int4"
-    if int4 and (engine.batch_invariant or engine.dtype != "bfloat16"):
-        raise SettingsError(
-            "engine.weights: int4 needs engine.dtype=bfloat16 and engine.batch_invariant=false: "
-            "its products round differently with the number of rows, so requests can't be resumed "
-            "with exactly the same tokens"
-        )
     return TorchModel.load(
         folder.path,
         dtype=engine.dtype,
@@ -244,7 +248,7 @@ def _read(
         device=engine.device,
         model_name=folder.name,
         draft=engine.draft_tokens > 0,
-        int4=int4,
+        int4=engine.weights == "int4",
         places=None if share is None else share.places,
         compute=None if share is None else share.compute,
         cuts=WHOLE if meeting is None else meeting.cuts,

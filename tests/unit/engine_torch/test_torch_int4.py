@@ -63,7 +63,6 @@ def test_sizes_that_torch_does_not_take_are_refused(shape):
 
 
 @pytest.mark.parametrize("given", [{}, {"batch_invariant": False, "dtype": "float32"}])
-def test_it_is_refused_where_it_would_break_a_promise(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "resolve", lambda model: None)
+def test_it_is_refused_where_it_would_break_a_promise(given, tmp_path):
     with pytest.raises(SettingsError, match=r"engine\.weights: int4 needs"):
         engine.load(ModelSettings(path=str(tmp_path)), EngineSettings(weights="int4", **given))
