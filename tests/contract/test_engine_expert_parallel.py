@@ -134,8 +134,8 @@ async def test_one_process_tells_how_its_experts_are_used(alone):
     tokens = np.array(engine.stats().expert_tokens).reshape(3, 8)
     rows, choices = len(ids) + 11, torch_deepseek.TINY["num_experts_per_tok"]
     assert (tokens.sum(1)[:2] >= rows * choices).all()
+    swapped = (1, 0, *range(2, 8), *range(8), *range(8))
+    moves = [ExpertMove(0, 1, 1, 0), ExpertMove(0, 0, 0, 1)]
     with pytest.raises(InvalidRequestError, match="in one process"):
-        swapped = (1, 0, *range(2, 8), *range(8), *range(8))
-        moves = [ExpertMove(0, 1, 1, 0), ExpertMove(0, 0, 0, 1)]
         engine.update_experts(ExpertMap(swapped, 1), moves)
     assert engine.stats().expert_map == placed
