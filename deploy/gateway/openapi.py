@@ -19,6 +19,13 @@ def _array(items: Schema, **more: int) -> Schema:
     return {"type": "array", "items": items, **more}
 
 
+STOP: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": 256},
+        _array({"type": "string", "minLength": 1, "maxLength": 256}, maxItems=16),
+    ]
+}
+
 UNIONS: dict[str, Schema] = {
     "ChatMessage.content": {
         "anyOf": [
@@ -34,8 +41,8 @@ UNIONS: dict[str, Schema] = {
             {"type": "null"},
         ]
     },
-    "CreateChatCompletionRequest.stop": {"anyOf": [TEXT, _array(TEXT, maxItems=4)]},
-    "CreateCompletionRequest.stop": {"anyOf": [TEXT, _array(TEXT, maxItems=4)]},
+    "CreateChatCompletionRequest.stop": STOP,
+    "CreateCompletionRequest.stop": STOP,
     "CreateCompletionRequest.prompt": {
         "anyOf": [
             TEXT,
@@ -174,6 +181,47 @@ BOUNDS = {
 }
 
 
+NAME: Schema = {"pattern": "^[A-Za-z0-9_-]{1,64}$"}
+PENALTY: Schema = {"minimum": -2, "maximum": 2}
+SECONDS: Schema = {"minimum": 0}
+
+LIMITS: dict[str, Schema] = {
+    "ChatMessage.role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+    "Tool.type": {"const": "function"},
+    "FunctionDefinition.name": NAME,
+    "JsonSchemaFormat.name": NAME,
+    "ResponseFormat.type": {"enum": ["text", "json_object", "json_schema"]},
+    "CreateCompletionRequest.logprobs": {"maximum": 5},
+    "*.model": {"minLength": 1},
+    "*.messages": {"minItems": 1},
+    "*.temperature": {"minimum": 0, "maximum": 2},
+    "*.top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "*.n": {"minimum": 1, "maximum": 128},
+    "*.max_tokens": {"minimum": 1},
+    "*.max_completion_tokens": {"minimum": 1},
+    "*.presence_penalty": PENALTY,
+    "*.frequency_penalty": PENALTY,
+    "*.logit_bias": {
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        "maxProperties": 300,
+    },
+    "*.top_logprobs": {"maximum": 20},
+    "*.tools": {"maxItems": 128},
+    "*.user": {"maxLength": 128},
+    "*.service_tier": {"enum": ["auto", "default", "flex", "priority"]},
+    "*.metadata": {"maxProperties": 16},
+    "*.store": {"const": False},
+    "*.reasoning_effort": {"enum": ["none", "minimal", "low", "medium", "high"]},
+    "*.suffix": {"maxLength": 0},
+    "*.min_p": {"minimum": 0, "maximum": 1},
+    "*.repetition_penalty": {"minimum": 0.001, "maximum": 10},
+    "*.ttft_seconds": SECONDS,
+    "*.itl_seconds": SECONDS,
+}
+"""What values may be, as the proto says in words; * stands for the Create...Requests."""
+
+
 def document(swagger: Schema) -> Schema:
     """OpenAPI 3.1, from OpenAPI 2."""
     schemas = {name: _message(name, of) for name, of in swagger["definitions"].items()}
@@ -230,7 +278,13 @@ def _field(full: str, swagger: Schema) -> Schema:
         made["items"] = _or_null(made["items"])
     if full in NULLABLE:
         made = _or_null(made)
-    return {**made, **words}
+    return {**made, **_limits(full), **words}
+
+
+def _limits(full: str) -> Schema:
+    message, _, field = full.partition(".")
+    asked = message.startswith("Create") and message.endswith("Request")
+    return LIMITS.get(full) or (LIMITS.get(f"*.{field}", {}) if asked else {})
 
 
 def _or_null(schema: Schema) -> Schema:
