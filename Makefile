@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo up test simulate bench lint types imports protos protos-check docs \
+.PHONY: help demo up test fuzz-rest simulate bench lint types imports protos protos-check docs \
         install install-dev model gateway gateway-protos clean
 
 help: ## What can be asked of make
@@ -50,6 +50,9 @@ up: install model ## A cluster on this machine, until Ctrl-C
 
 test: install-dev model ## All tests (ARGS="-n 2": in two processes)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz-rest: install-dev ## 5,000 requests made of the OpenAPI document, for a whole cluster (ARGS="--seed 2")
+	$(BIN)/python -m tests.conformance.fuzz $(ARGS)
 
 simulate: install-dev ## Seeded histories: the tests that play them, or SEEDS=N whole clusters on JOBS=2 cores
 	$(BIN)/python -m $(if $(SEEDS),tests.simulation.cluster_world --seeds $(SEEDS) --jobs $(JOBS),pytest tests/simulation) $(ARGS)
