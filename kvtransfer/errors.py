@@ -158,7 +158,7 @@ class TierUnusableError(KvError):
 
 
 class WeightsNotGivenError(KvError):
-    """This worker does not give the weights that are asked for."""
+    """The worker that was asked does not give the weights."""
 
     reason = "WEIGHTS_NOT_GIVEN"
     code = "NOT_FOUND"

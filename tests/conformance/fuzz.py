@@ -29,8 +29,8 @@ from tests.conformance.conformance_world import MODEL, VOCABULARY, World, servin
 SHARES = {"CreateChatCompletion": 6, "CreateCompletion": 4, "Tokenize": 2, "Detokenize": 2}
 """Of cases; any other operation has one."""
 BATCH = 100
-BOUNDS = ("max_tokens", "max_completion_tokens")
-MOST_TOKENS = 64
+BOUNDS = {"max_tokens": 64, "max_completion_tokens": 64, "n": 8}
+"""What may be asked of one request, so that all of them end soon."""
 USER = {"role": "user", "content": "a"}
 FORMS = ("response_format", "guided_regex", "guided_choice", "guided_grammar")
 MOST_GROWTH = 48 * 2**20
@@ -131,10 +131,11 @@ def _aim(case, turn: int) -> None:
         body["model"] = MODEL
         if case.meta is not None and case.meta.generation.mode.is_positive:
             _mend(body)
-    for name in BOUNDS:
+    for name, most in BOUNDS.items():
         bound = body.get(name)
-        if isinstance(bound, int) and MOST_TOKENS < bound < 2**32:
-            body[name] = bound % MOST_TOKENS + 1
+        # 20.0 is an integer, too. What is beyond the type's own range stays as it is.
+        if isinstance(bound, int | float) and most < bound < 2**32:
+            body[name] = bound % most + 1
 
 
 def _mend(body: dict[str, object]) -> None:
