@@ -112,18 +112,18 @@ class Choices:
                 yield part
             return
         ahead = {choice.index for choice in self._firsts}
-        waiting = {asyncio.create_task(choice.next()) for choice in self._firsts}
+        waiting = {_next(choice) for choice in self._firsts}
         try:
             while waiting:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 parts = sorted((t.result() for t in done), key=lambda part: part.choice.index)
                 for part in parts:
                     if not part.finish_reason:
-                        waiting.add(asyncio.create_task(part.choice.next()))
+                        waiting.add(_next(part.choice))
                     if part.choice.index in ahead:
                         ahead.remove(part.choice.index)
                         others = self._begin_others(part.choice)
-                        waiting |= {asyncio.create_task(other.next()) for other in others}
+                        waiting |= {_next(other) for other in others}
                 for part in parts:
                     yield part
         finally:
@@ -139,6 +139,18 @@ class Choices:
         others = [self._start(first.index + k, first.prompt, k) for k in range(1, self._n)]
         self._others += others
         return others
+
+
+def _next(choice: Choice) -> asyncio.Task[Part]:
+    task = asyncio.create_task(choice.next())
+    task.add_done_callback(_seen)
+    return task
+
+
+def _seen(task: asyncio.Task[Part]) -> None:
+    """Of several that fail at once one is raised; without this asyncio logs the others as bugs."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
