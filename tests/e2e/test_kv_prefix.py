@@ -102,10 +102,12 @@ async def test_a_prefill_worker_takes_a_prefix_from_another_one(pair):
     again = (await other.run("e", range(2000, 2300), held_by=one)).kv
     assert again.prefix.tokens == 296
     assert "by this peer" in again.prefix.reason
-    # A block of four tokens: less than what asking for it takes.
+    # A block of four tokens, which is not there: asked for only where that takes less than they do.
     small = (await other.run("f", range(2500, 2550), held_by=one, held=BLOCK)).kv
     assert (small.prefix.tokens, small.computed_tokens, small.transport) == (0, 50, "")
-    assert small.prefix.reason.endswith(": computed")
+    unasked = small.prefix.fetch_seconds >= small.prefix.compute_seconds
+    assert small.prefix.reason.endswith(": computed") == unasked
+    assert small.lost.startswith("KV_SOURCE_LOST: ") != unasked
     await cluster.nothing_held()
 
 
