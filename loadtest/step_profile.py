@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.engine.stepped import step as stepping
+from services.engine.stepped import choosing
 from services.engine.stepped.drafts import Drafting
 from services.engine.stepped.step import Stepper
 from services.engine.torch.kernels.int4 import Int4Linear
@@ -138,7 +138,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
         replace(Stepper, "plan", begun)
         for name in ("choose", "token_of"):
-            replace(stepping, name, functools.partial(recorder.timed, SAMPLING))
+            replace(choosing, name, functools.partial(recorder.timed, SAMPLING))
         replace(Drafting, "draft", functools.partial(recorder.stage, DRAFTS))
         replace(Linear, "__call__", functools.partial(recorder.timed, LINEAR))
         replace(Int4Linear, "__call__", functools.partial(recorder.timed, LINEAR))

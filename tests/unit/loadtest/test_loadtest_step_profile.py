@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 from loadtest import bench_profile, engine_shapes
 from loadtest.bench_profile import DECODE, PREFILL, ProfileOptions
 from loadtest.step_profile import EXPERTS, LINEAR, PYTHON, Recorder, Step, recording
-from services.engine.stepped import step as stepping
+from services.engine.stepped import choosing
 from services.engine.stepped.step import Stepper
 from services.engine.torch.kernels.linear import Linear
 from services.engine.torch.kernels.team import Call
@@ -59,7 +59,7 @@ def test_turns_without_work_are_no_steps():
 
 def test_wrappers_are_gone_afterwards_even_after_a_failure():
     def present():
-        return Stepper.plan, stepping.choose, Linear.__call__, Call.run
+        return Stepper.plan, choosing.choose, Linear.__call__, Call.run
 
     def fail():
         assert not set(present()) & set(was)
