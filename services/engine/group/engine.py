@@ -47,7 +47,7 @@ from services.engine.group import wire
 from services.engine.group.forward import KvForwarder, Leases
 from services.engine.group.keys import GroupKeys
 from services.engine.group.launch import Launch
-from services.engine.group.member import CHANNEL_OPTIONS, Given, Member
+from services.engine.group.member import CHANNEL_OPTIONS, Given, Member, all_left, watch_silence
 from services.engine.group.servicer import SETTINGS, GroupServicer
 from services.engine.group.sums import differs, group_info, group_stats
 from services.engine.group.task import Task
@@ -134,7 +134,9 @@ class GroupEngine:
             await self._end(0)
             raise
         self._info = group_info([m.info for m in self._members if m.info is not None])
-        self._watching = asyncio.create_task(self._watch())
+        silence = self._task.engine.rank_silence_seconds
+        watching = watch_silence(self._members, silence, self._clock, self._ended)
+        self._watching = asyncio.create_task(watching)
 
     async def close(self) -> None:
         """Cancels what runs, frees everything, ends outputs(). Idempotent."""
@@ -153,19 +155,13 @@ class GroupEngine:
         self._closing = True
         if self._watching is not None:
             self._watching.cancel()
-        await asyncio.gather(self._all_left(grace_seconds), self._launch.end(grace_seconds))
+        await asyncio.gather(
+            all_left(self._members, grace_seconds), self._launch.end(grace_seconds)
+        )
         await self._server.stop(0)
         for member in self._members:
             if member.channel is not None:
                 await member.channel.close()
-
-    async def _all_left(self, grace_seconds: float) -> None:
-        """Their Close may be on its way still, and streams that we cut would not bring it."""
-        leaving = [asyncio.create_task(m.left.wait()) for m in self._members if m.joined]
-        if leaving and grace_seconds > 0:
-            await asyncio.wait(leaving, timeout=grace_seconds)
-        for left in leaving:
-            left.cancel()
 
     # Requests
 
@@ -325,20 +321,6 @@ class GroupEngine:
         self._outputs.end()
         self._tell_keys()
         self._ready.set()
-
-    async def _watch(self) -> None:
-        """A process that is stopped, or hangs, ends no connection."""
-        most = self._task.engine.rank_silence_seconds
-        for member in self._members:
-            member.heard = self._clock()
-        while True:
-            await asyncio.sleep(most / 10)
-            for member in self._members:
-                if self._clock() - member.heard > most:
-                    self._ended(
-                        member.rank,
-                        f"it has said nothing for {most:g} s (engine.rank_silence_seconds)",
-                    )
 
     # Experts
 

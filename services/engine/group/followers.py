@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from services.engine.group.launch import Launch
-from services.engine.group.member import Member
+from services.engine.group.member import Member, all_left, watch_silence
 from services.engine.group.part import Part
 from services.engine.group.servicer import SETTINGS, GroupServicer
 from services.engine.group.task import Task
@@ -85,9 +85,8 @@ class Followers:
 
     def watch(self) -> None:
         """From now on one that is silent is lost: it says something every second."""
-        for member in self._members:
-            member.heard = self._clock()
-        self._watching = asyncio.create_task(self._watch())
+        watching = watch_silence(self._members, self._silence, self._clock, self._ended)
+        self._watching = asyncio.create_task(watching)
 
     async def close(self, grace_seconds: float) -> None:
         """Has them end, and kills those here that take longer. Idempotent."""
@@ -99,11 +98,7 @@ class Followers:
                 member.send(pb.JoinResponse(close=pb.Close()))
         else:
             self._cut()
-        left = [asyncio.create_task(m.left.wait()) for m in self._members if m.joined]
-        if left:
-            await asyncio.wait(left, timeout=max(grace_seconds, 1.0))
-        for waiting in left:
-            waiting.cancel()
+        await all_left(self._members, max(grace_seconds, 1.0))
         await (self._killing or self._launch.end(grace_seconds))
         await self._server.stop(0)
 
@@ -149,15 +144,6 @@ class Followers:
         self._cut()
         self._killing = asyncio.create_task(self._launch.end(0))
         self._lost(self.failure)
-
-    async def _watch(self) -> None:
-        """A process that is stopped, or hangs, ends no connection."""
-        while True:
-            await asyncio.sleep(self._silence / 10)
-            for member in self._members:
-                if self._clock() - member.heard > self._silence:
-                    why = f"it has said nothing for {self._silence:g} s"
-                    self._ended(member.rank, f"{why} (engine.rank_silence_seconds)")
 
     # Rank 0's part in their meeting
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -71,3 +71,35 @@ class Member:
         """How busy it is; `live`: what it has of requests."""
         unseen = sum(g.prompt_tokens for g in live if g.number > self.taken)
         return RankLoad(self.stats, len(live), unseen)
+
+
+async def all_left(members: Sequence[Member], seconds: float) -> None:
+    """Waits at most so long until the streams of those that joined have ended.
+
+    Their Close may be on its way still, and streams that we cut would not bring it.
+    """
+    leaving = [asyncio.create_task(m.left.wait()) for m in members if m.joined]
+    if leaving and seconds > 0:
+        await asyncio.wait(leaving, timeout=seconds)
+    for left in leaving:
+        left.cancel()
+
+
+async def watch_silence(
+    members: Sequence[Member],
+    most_seconds: float,
+    clock: Callable[[], float],
+    ended: Callable[[int, str], None],
+) -> None:
+    """Tells `ended` of a rank that says nothing for longer, until it is cancelled.
+
+    A process that is stopped, or hangs, ends no connection.
+    """
+    for member in members:
+        member.heard = clock()
+    why = f"it has said nothing for {most_seconds:g} s (engine.rank_silence_seconds)"
+    while True:
+        await asyncio.sleep(most_seconds / 10)
+        for member in members:
+            if clock() - member.heard > most_seconds:
+                ended(member.rank, why)
